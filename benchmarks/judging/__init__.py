@@ -1,0 +1,1 @@
+"""The judge of the census: what it measures, where it runs, and its tables."""

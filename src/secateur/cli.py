@@ -1,0 +1,247 @@
+"""The command line: prints, decides nothing.
+
+Everything heavy is imported inside the commands, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="secateur",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Prune neural networks: train, cut, prove, measure, ship. Start with: secateur init",
+    epilog="A first run on embedded data, half a minute: secateur run recipes/quickstart.yaml",
+)
+
+Trust = Annotated[
+    list[str] | None,
+    typer.Option("--trust", metavar="MODULE", help="A module of yours that the checkpoint may import; repeatable."),
+]
+Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A .safetensors file that a run wrote.")]
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, handled like Ctrl-C."""
+
+
+def main() -> None:
+    """Run the command line."""
+    signal.signal(signal.SIGTERM, _terminate)
+    app()
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise Terminated
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn the mistakes of a user, a full disk and Ctrl-C into one message and an exit code."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt as stop:
+            _fail(
+                f"interrupted. {' '.join(map(str, stop.args))}".strip(),
+                143 if isinstance(stop, Terminated) else 130,
+            )
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at exit
+            raise typer.Exit(141) from None
+        except Exception as error:
+            text = _explained(error)
+            if text is None or os.environ.get("SECATEUR_TRACEBACK"):
+                raise
+            _fail(text, 1)
+
+    return wrapped
+
+
+def _explained(error: Exception) -> str | None:
+    """Return the message for an error that is no bug, else None."""
+    from secateur.types import SecateurError
+
+    if isinstance(error, SecateurError):
+        return str(error)
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        todo = "; free some space and continue with --resume" if error.errno == errno.ENOSPC else ""
+        return f"{where}{error.strerror or error}{todo}."
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return f"out of memory ({str(error).splitlines()[0] if str(error) else 'host'}); lower the batch size."
+    return None
+
+
+def _fail(text: str, code: int) -> None:
+    typer.echo(f"error: {text}", err=True)
+    raise typer.Exit(code)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        typer.echo(version("secateur"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@guarded
+def run(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, e.g. recipes/quickstart.yaml.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Values put on top of the recipe, e.g. train.lr=0.01."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Folder of the run. [default: runs/NAME]")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run of this recipe.")] = False,
+) -> None:
+    """Train, prune, recover, measure and report, as a recipe says."""
+    from secateur.folder import RECORDS, REPORT, choose
+    from secateur.pipeline import run as carry_out
+    from secateur.recipe import load
+    from secateur.terminal import screen, summary
+    from secateur.track.local import read
+
+    chosen = load(recipe, [*(overrides or ()), *([f"out={json.dumps(str(out))}"] if out else ())])
+    folder = choose(chosen, resume)
+    try:
+        with screen() as shown:
+            carry_out(chosen, folder, resume=resume, screen=shown)
+    except KeyboardInterrupt as stop:
+        words = shlex.join([str(recipe), *(overrides or ()), "--out", str(folder), "--resume"])
+        again = f"Continue with: secateur run {words}"
+        raise type(stop)(again if folder.exists() else "Nothing was written.") from None
+    typer.echo(summary(read(folder / RECORDS)))
+    typer.echo(f"report: {folder / REPORT}")
+
+
+@app.command()
+@guarded
+def inspect(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="s3, torchvision:NAME, timm:NAME, transformers:CLASS, package.module:factory, a checkpoint.",
+        ),
+    ],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Arguments of the builder, e.g. num_classes=10."),
+    ] = None,
+    input_shape: Annotated[
+        str | None,
+        typer.Option(metavar="N,C,H,W", help="Shape of the example input. [default: one image that fits the model]"),
+    ] = None,
+    integers: Annotated[bool, typer.Option(help="The input holds token numbers, not images.")] = False,
+    proof: Annotated[bool, typer.Option("--verify", help="Prove the groups by permuting their units.")] = False,
+    trust: Trust = None,
+) -> None:
+    """Show what can be cut in a model, and what is frozen and why."""
+    from secateur.look import look
+
+    typer.echo(look(model, arguments or (), input_shape, integers=integers, proof=proof, trust=trust or ()))
+
+
+@app.command()
+@guarded
+def evaluate(
+    checkpoint: Checkpoint,
+    part: Annotated[str, typer.Option(help="Which images: test, validation or train.")] = "test",
+    root: Annotated[str | None, typer.Option(metavar="DIR", help="Where the data is, when it moved.")] = None,
+    trust: Trust = None,
+) -> None:
+    """Measure loss and accuracy of a checkpoint on its data."""
+    from secateur import infer
+
+    parts = ("train", "validation", "test")
+    if part not in parts:
+        raise typer.BadParameter(f"{part!r} is not one of {', '.join(parts)}", param_hint="--part")
+    quality, data = infer.evaluate(infer.open_model(checkpoint, trust or ()), part, root=root)
+    typer.echo(f"{checkpoint} on {quality.n:,} {part} images of {data.source.name}")
+    for row in quality.measurements("cpu", part):
+        typer.echo(f"{row.name:<18} {row.value:.4f} +- {row.spread:.4f} {row.unit} (standard error)")
+
+
+@app.command()
+@guarded
+def predict(
+    checkpoint: Checkpoint,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files (PNG, JPEG, ...).")],
+    top: Annotated[int, typer.Option(min=1, help="How many classes to print for each image.")] = 1,
+    invert: Annotated[bool, typer.Option("--invert", help="Swap dark and bright first.")] = False,
+    trust: Trust = None,
+) -> None:
+    """Print index, name and probability of the class of each image."""
+    from secateur import infer
+
+    for guess in infer.predict(infer.open_model(checkpoint, trust or ()), images, top=top, invert=invert):
+        typer.echo(f"{guess.image}\t{guess.index}\t{guess.name}\t{guess.probability:.4f}")
+
+
+@app.command()
+@guarded
+def init(
+    path: Annotated[Path, typer.Argument(metavar="[FILE]", help="Where to write it.")] = Path("recipe.yaml"),
+) -> None:
+    """Write a recipe with every key, its default and what it means."""
+    from secateur.starter import starter
+    from secateur.train.resume import atomic_write
+    from secateur.types import RecipeError
+
+    if path.exists():
+        raise RecipeError(f"{path} exists; choose another name.")
+    atomic_write(path, starter(str(path)).encode())
+    typer.echo(f"wrote {path}; next: secateur run {path}")
+
+
+@app.command()
+@guarded
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    from secateur.recipe import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+@guarded
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run, finished or not.")],
+) -> None:
+    """Write report.html of a run again, from its records."""
+    from secateur.folder import RECORDS, REPORT
+    from secateur.report import render
+    from secateur.track.local import read
+    from secateur.train.resume import atomic_write
+
+    atomic_write(folder / REPORT, render(read(folder / RECORDS)).encode())
+    typer.echo(str(folder / REPORT))

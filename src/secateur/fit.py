@@ -1,0 +1,231 @@
+"""Make a class's own forward run with the new widths: attributes first, size patches where that is not enough.
+
+The small model runs once beside the calls recorded on the dense one.  Every size-taking call says what Python
+computed; what it should be is known from the unit ids.  Where they differ, the right value is put in on the spot
+and noted.  A noted module first gets its own integer attributes corrected (``num_heads``, ``dim``, tuples); if all
+its calls then come out right the attributes stay, otherwise they are restored and the module is patched.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from secateur.compact import Surgery
+from secateur.graph.calls import CALLS, SHAPES, SLICES, SPLITS, BoundCall, counted_as
+from secateur.graph.expected import changes, fetch
+from secateur.graph.trace import culprit, eval_mode, quiet_backends
+from secateur.patch import Patch, SizedForward, call_with, install, installed
+from secateur.types import Graph, VerificationError
+
+Found = dict[str, dict[tuple[str, int], Patch]]
+
+
+class _Fitting(TorchFunctionMode):
+    """Corrects each call as it comes and notes the correction per module."""
+
+    def __init__(self, graph: Graph, kept: np.ndarray) -> None:
+        super().__init__()
+        self.kept = kept
+        self.stack: list[str] = [""]
+        self.counters: list[Counter[str]] = [Counter()]
+        self.found: Found = defaultdict(dict)
+        self.dense: dict[str, dict[int, int]] = defaultdict(dict)
+        self.queue: dict[tuple[str, str, int], list[BoundCall]] = defaultdict(list)
+        for call in graph.calls:
+            path, index = call.owners[-1]
+            self.queue[path, counted_as(call.name), index].append(call)
+        self.earlier = {(p.module, p.name, p.index): p for p in installed(graph.model)}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name not in CALLS:
+            return func(*args, **kwargs)
+        name = counted_as(name)
+        path, index = self.stack[-1], self.counters[-1][name]
+        for seen in self.counters:
+            seen[name] += 1
+        waiting = self.queue.get((path, name, index))
+        if not waiting:  # no units here (any more): what an earlier cut put right stays so
+            earlier = self.earlier.get((path, name, index))
+            if earlier is None:
+                return func(*args, **kwargs)
+            self.found[path][name, index] = earlier
+            return call_with(func, args, kwargs, earlier.changes)
+        call = waiting.pop(0) if len(waiting) > 1 else waiting[0]
+        wrong = changes(call, self.kept, args, kwargs)
+        if not wrong:
+            return func(*args, **kwargs)
+        self.found[path][name, index] = Patch(path, index, name, tuple((tuple(p), v) for p, v in wrong))
+        for at, value in wrong:
+            self._note(path, call, at, value)
+        return call_with(func, args, kwargs, wrong)
+
+    def _note(self, module: str, call: BoundCall, path: Any, value: Any) -> None:
+        """Remember dense size -> new size, the lead to an attribute."""
+        if path == ("sizes",):
+            how = call.args[1] if len(call.args) > 1 else None
+            pairs = zip(how, value, strict=False) if isinstance(how, list | tuple) else ()
+        else:
+            try:
+                old = fetch(call.args, call.kwargs, path)
+            except (LookupError, TypeError, AttributeError):
+                return
+            pairs = zip(old, value, strict=False) if isinstance(old, list | tuple) else [(old, value)]
+        for old, new in pairs:
+            if isinstance(old, int) and isinstance(new, int) and new > 0 and old != new:
+                self.dense[module][old] = new
+
+    def run(self, model: nn.Module, graph: Graph) -> None:
+        handles = []
+        paths: dict[int, str] = {}
+        for path, module in model.named_modules():
+            paths.setdefault(id(module), path)
+
+        def enter(module: nn.Module, args: Any) -> None:
+            self.stack.append(paths[id(module)])
+            self.counters.append(Counter())
+
+        def leave(module: nn.Module, args: Any, out: Any) -> None:
+            if len(self.stack) > 1:
+                self.stack.pop()
+                self.counters.pop()
+
+        state = torch.random.get_rng_state()
+        try:
+            for module in model.modules():
+                if not isinstance(module, torch.jit.ScriptModule):
+                    handles.append(module.register_forward_pre_hook(enter, prepend=True))
+                    handles.append(module.register_forward_hook(leave, always_call=True))
+            with eval_mode(model), torch.no_grad(), quiet_backends(), self:
+                model(*graph.args, **graph.kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+            torch.random.set_rng_state(state)
+
+
+def fit(graph: Graph, kept: np.ndarray, small: nn.Module, surgery: Surgery) -> Surgery:
+    """Correct attributes of ``small`` and patch its modules where needed; return the surgery that says so.
+
+    Raises ``VerificationError`` naming the module when the forward still cannot run.
+    """
+    if not _suspicious(graph, kept):
+        return surgery
+    for module in small.modules():  # patches of an earlier cut: what they put right is found again, from the raw sizes
+        if isinstance(vars(module).get("forward"), SizedForward):
+            del module.__dict__["forward"]
+    first, named = _first(graph, kept, small)
+    surgery = replace(surgery, attributes=surgery.attributes + named)
+    if not first.found:
+        return surgery
+    tried = _attributes(small, first)
+    if not tried:
+        return _patched(small, surgery, first.found)
+    old = [(path, name, getattr(small.get_submodule(path), name)) for path, name, _ in tried]
+    for path, name, value in tried:
+        setattr(small.get_submodule(path), name, value)
+    second = _attempt(graph, kept, small, strict=False)
+    bad = {path for path, _, _ in tried if second is None or not _better(second.found, first.found, path)}
+    for path, name, value in old:
+        if path in bad:
+            setattr(small.get_submodule(path), name, value)
+    good = tuple(row for row in tried if row[0] not in bad)
+    surgery = replace(surgery, attributes=surgery.attributes + good)
+    last = _attempt(graph, kept, small) if bad or second is None else second
+    return _patched(small, surgery, last.found)
+
+
+def _suspicious(graph: Graph, kept: np.ndarray) -> bool:
+    """Could any Python-level size or number differ in the small model?"""
+    for call in graph.calls:
+        if call.suspect or changes(call, kept, call.args, call.kwargs):
+            return True
+        if call.name in SHAPES | SPLITS | SLICES:  # a number beside a cut axis may have been derived from it: C // 4
+            ids = [a for axes in (*call.inputs, *call.results) for a in axes if a is not None]
+            if not all(kept[a].all() for a in ids):
+                return True
+    return False
+
+
+def _first(graph: Graph, kept: np.ndarray, small: nn.Module) -> tuple[Any, tuple[tuple[str, str, Any], ...]]:
+    """First run; a module that refuses the new widths gets its attributes of dense sizes corrected."""
+    named: list[tuple[str, str, Any]] = []
+    for _ in range(8):
+        mode = _Fitting(graph, kept)
+        try:
+            mode.run(small, graph)
+            return mode, tuple(named)
+        except Exception as error:
+            path = culprit(error, small)
+            more = [row for row in _owned_sizes(graph, kept, small, path) if row not in named]
+            if not more:
+                break
+            for where, name, value in more:
+                setattr(small.get_submodule(where), name, value)
+            named += more
+    return _attempt(graph, kept, small), tuple(named)
+
+
+def _owned_sizes(graph: Graph, kept: np.ndarray, small: nn.Module, path: str) -> list[tuple[str, str, Any]]:
+    """Attributes of the module at ``path`` that equal a size which every tensor inside it cuts alike."""
+    new: dict[int, set[int]] = defaultdict(set)
+    for name, axes in graph.axes.items():
+        if name.startswith(f"{path}." if path else ""):
+            for ids in axes:
+                if ids is not None:
+                    new[len(ids)].add(int(kept[ids].sum()))
+    for item in graph.groups:
+        if any(m.tensor.startswith(f"{path}." if path else "") for m in item.members):
+            new[item.units].add(int(kept[item.offset : item.offset + item.units].sum()))
+    try:
+        module = small.get_submodule(path)
+    except AttributeError:
+        return []
+    sizes = {old: next(iter(values)) for old, values in new.items() if len(values) == 1 and values != {old}}
+    return [(path, name, sizes[v]) for name, v in vars(module).items() if type(v) is int and v in sizes]
+
+
+def _better(new: Found, old: Found, path: str) -> bool:
+    """Fewer calls of the module are wrong, and none that was right before."""
+    return len(new.get(path, {})) < len(old[path]) and new.get(path, {}).keys() <= old[path].keys()
+
+
+def _attempt(graph: Graph, kept: np.ndarray, small: nn.Module, strict: bool = True) -> Any:
+    mode = _Fitting(graph, kept)
+    try:
+        mode.run(small, graph)
+    except Exception as error:
+        if not strict:
+            return None
+        raise VerificationError(
+            f"the forward of {culprit(error, small) or type(small).__name__!r} cannot run with the new widths "
+            f"({type(error).__name__}: {error}); freeze its groups in sc.allocate(..., freeze=[...])."
+        ) from error
+    return mode
+
+
+def _attributes(model: nn.Module, mode: _Fitting) -> list[tuple[str, str, Any]]:
+    """Integer (or tuple of integer) attributes of the noted modules that hold a dense size."""
+    out: list[tuple[str, str, Any]] = []
+    for path in mode.found:
+        module, sizes = model.get_submodule(path), mode.dense[path]
+        for name, value in vars(module).items():
+            if type(value) is int and value in sizes:
+                out.append((path, name, sizes[value]))
+            elif type(value) in (tuple, list) and any(type(v) is int and v in sizes for v in value):
+                out.append((path, name, type(value)(sizes.get(v, v) if type(v) is int else v for v in value)))
+    return out
+
+
+def _patched(small: nn.Module, surgery: Surgery, found: Found) -> Surgery:
+    patches = tuple(patch for calls in found.values() for patch in calls.values())
+    install(small, patches)
+    return replace(surgery, patches=surgery.patches + patches)

@@ -1,0 +1,81 @@
+"""The folder of a run: which one it is, and whether it fits the recipe."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from secateur.recipe import Recipe, load
+from secateur.track.local import read
+from secateur.train.resume import atomic_write
+from secateur.types import RecipeError
+
+RECIPE, RECORDS, STATE, REPORT = "recipe.yaml", "records.jsonl", "state.safetensors", "report.html"
+DENSE, PRUNED, PLAN, PROOF = "dense.safetensors", "pruned.safetensors", "plan.json", "proof.json"
+
+
+def choose(recipe: Recipe, resume: bool) -> Path:
+    """Return the folder of a run: the recipe's ``out``, or a new (``resume``: the newest) one under ``runs/``.
+
+    Raises ``RecipeError`` when ``out`` holds a run already, or when there is nothing to resume or it was made
+    by another recipe.
+    """
+    if recipe.out is not None:
+        folder = Path(recipe.out)
+        if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise RecipeError(f"{folder} is not empty; continue its run with --resume, or choose another --out.")
+    else:
+        folder = _numbered(Path("runs") / recipe.name, resume)
+    if resume:
+        _check_same(recipe, folder)
+    return folder
+
+
+def _numbered(base: Path, resume: bool) -> Path:
+    """Return the first of base, base-2, base-3, ... that is free, or the last that is taken."""
+    number, free = 1, base
+    while free.exists():
+        number, free = number + 1, base.with_name(f"{base.name}-{number + 1}")
+    if not resume or number == 1:
+        return free
+    return base if number == 2 else base.with_name(f"{base.name}-{number - 1}")
+
+
+def _check_same(recipe: Recipe, folder: Path) -> None:
+    path = folder / RECIPE
+    if not path.exists():
+        raise RecipeError(f"{folder} holds no run to resume ({RECIPE} is missing); run without --resume.")
+    before = load(path)
+    if before.hash != recipe.hash:
+        old, new = _flat(before.model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
+        keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and k != "out")
+        rows = [f"{k}: {old.get(k)!r} there, {new.get(k)!r} here" for k in keys]
+        raise RecipeError(
+            f"{folder} was made by another recipe, and a run continues only unchanged:\n  " + "\n  ".join(rows)
+        )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}{key}.").items()}
+    return {prefix[:-1]: value}
+
+
+def write_recipe(recipe: Recipe, folder: Path) -> None:
+    """Write the resolved recipe (every default filled in) to the folder."""
+    text = io.StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.dump(recipe.model_dump(mode="json"), text)
+    head = f"# every value of this run, defaults filled in; hash {recipe.hash}\n"
+    atomic_write(folder / RECIPE, (head + text.getvalue()).encode())
+
+
+def complete(folder: Path) -> bool:
+    """Return whether the run in ``folder`` went to its end."""
+    records = folder / RECORDS
+    return records.exists() and any(record.stage == "end" for record in read(records))

@@ -1,0 +1,1 @@
+"""Trace a model, group its units, prove the grouping."""

@@ -1,0 +1,231 @@
+"""Proofs: permuting the units of a group changes nothing; the masked and the compact model agree."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from secateur.graph.trace import eval_mode, quiet_backends, tensors_in
+from secateur.types import Check, Graph, Group, Plan, Proof, VerificationError
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+SMALL = 8  # units
+
+
+def outputs(model: nn.Module, graph: Graph) -> list[torch.Tensor]:
+    """Run the example inputs in eval mode without gradients; return all floating-point outputs."""
+    state = torch.random.get_rng_state()
+    with eval_mode(model), torch.no_grad(), quiet_backends():
+        out = model(*graph.args, **graph.kwargs)
+    torch.random.set_rng_state(state)
+    return [t.detach() for t in tensors_in(out) if t.is_floating_point()]
+
+
+def distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
+    """Largest absolute difference over the largest absolute value, per output; inf when shapes differ."""
+    if len(a) != len(b):
+        return float("inf")
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        if x.shape != y.shape:
+            return float("inf")
+        if not x.numel():
+            continue
+        x, y = x.double(), y.double()
+        same = torch.isfinite(x) & torch.isfinite(y)
+        if not torch.equal(torch.nan_to_num(x)[~same], torch.nan_to_num(y)[~same]):
+            return float("inf")
+        if same.any():
+            gap = (x[same] - y[same]).abs().max()
+            worst = max(worst, float(gap / x[same].abs().max().clamp_min(1e-30)))
+    return worst
+
+
+def tolerance(model: nn.Module) -> float:
+    """The tolerance of the model's floating-point type."""
+    for p in model.parameters():
+        if p.is_floating_point():
+            return TOLERANCE.get(p.dtype, 1e-5)
+    return 1e-5
+
+
+def verify(graph: Graph, groups: Iterable[str] | None = None, *, joint: bool = False) -> Proof:
+    """Permutation proof: permute the units of each prunable group in all its members; outputs must not change.
+
+    It holds through norms and attention and so proves the grouping of any model.  Tensors with equal values
+    (fresh norms, zero biases, layer scales) are randomised for the proof, or it could not fail.  ``joint`` permutes
+    all groups in one run: one forward instead of one per group, every row then carries the joint error.  A group
+    that misses the float32 tolerance is judged again in float64, and where whole units have no common order of
+    their positions (a flipped axis tied to itself) by cutting half of them: such rows are of kind ``compact``.
+
+    The model is unchanged afterwards.  Returns a ``Proof`` with one row per group (see ``Proof.ok``).
+    """
+    chosen = [g for g in graph.groups if g.prunable and (groups is None or g.name in set(groups))]
+    rows: list[Check] = []
+    with _randomised(graph.model):
+        base = outputs(graph.model, graph)
+        limit = tolerance(graph.model)
+        if joint:
+            error = _permuted_error(graph, chosen, base)
+            if error <= limit:
+                return Proof(tuple(Check(g.name, "permutation", error, limit, True) for g in chosen))
+        exact: tuple[Any, list[torch.Tensor]] | None = None
+        for item in chosen:
+            error, bound, kind = _permuted_error(graph, [item], base), limit, "permutation"
+            if error > limit:
+                if exact is None:
+                    exact = _in_double(graph)
+                error, bound = _permuted_error(exact[0], [item], exact[1]), TOLERANCE[torch.float64]
+                if error > bound and item.exact and any(m.index.shape[1] > 1 for m in item.members):
+                    error, kind = _cut_error(exact[0], item), "compact"
+            rows.append(Check(item.name, kind, error, bound, error <= bound))
+    return Proof(tuple(rows))
+
+
+def _cut_error(graph: Graph, item: Group) -> float:
+    """Cut every other unit and compare with the masked model.
+
+    Where an axis is flipped or rolled onto itself, the positions of a unit stand in another order in each tensor:
+    then there is no order in which whole units could be exchanged, but cutting them is still right or wrong.
+    """
+    from secateur.compact import compact
+    from secateur.mask import masked
+
+    plan = Plan(graph.fingerprint, ((item.name, item.units, tuple(range(1, item.units, 2))),))
+    try:
+        small = compact(graph, plan, verify=False)
+        narrow = outputs(small, graph)
+    except (VerificationError, RuntimeError):  # it cannot be built, or not run
+        return float("inf")
+    with masked(graph, plan):
+        return distance(outputs(graph.model, graph), narrow)
+
+
+def _in_double(graph: Graph) -> tuple[Graph, list[torch.Tensor]]:
+    from dataclasses import replace
+
+    from torch.utils import _pytree as pytree
+
+    def widen(x: Any) -> Any:
+        return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+    model = copy.deepcopy(graph.model).double()
+    double = replace(
+        graph,
+        model=model,
+        args=pytree.tree_map(widen, graph.args),
+        kwargs=pytree.tree_map(widen, graph.kwargs),
+    )
+    return double, outputs(model, double)
+
+
+def _permuted_error(graph: Graph, groups: list[Group], base: list[torch.Tensor]) -> float:
+    """The worst over two orders for groups so small that one order may agree with a wrong grouping by chance."""
+    worst = 0.0
+    for seed in range(1 + any(g.units <= SMALL for g in groups)):
+        with permuted(graph, groups, np.random.default_rng(seed)):
+            worst = max(worst, distance(base, outputs(graph.model, graph)))
+    return worst
+
+
+@contextlib.contextmanager
+def permuted(graph: Graph, groups: list[Group], rng: np.random.Generator) -> Iterator[None]:
+    """Exchange the units of ``groups`` at random in every member; restored on leaving."""
+    target = np.arange(graph.units + 1)
+    for item in groups:
+        target[item.offset : item.offset + item.units] = item.offset + _derangement(item.units, rng)
+    from secateur.mask import tensors_of
+
+    tensors = tensors_of(graph.model)
+    saved: dict[str, torch.Tensor] = {}
+    try:
+        with torch.no_grad():
+            for name, axes in graph.axes.items():
+                new = tensors[name].detach()
+                for axis, ids in enumerate(axes):
+                    if ids is not None and (order := _order(ids, target)) is not None:
+                        new = new.index_select(axis, torch.from_numpy(order).to(new.device))
+                if new is not tensors[name] and new.data_ptr() != tensors[name].data_ptr():
+                    saved[name] = tensors[name].detach().clone()
+                    tensors[name].copy_(new)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in saved.items():
+                tensors[name].copy_(value)
+
+
+def _derangement(n: int, rng: np.random.Generator) -> np.ndarray:
+    """A random cycle through all units: none keeps its place."""
+    order, out = rng.permutation(n), np.empty(n, dtype=np.int64)
+    out[order] = np.roll(order, 1)
+    return out
+
+
+def _order(ids: np.ndarray, target: np.ndarray) -> np.ndarray | None:
+    """Positions to read from: the j-th position of unit u reads the j-th position of the unit that takes its place."""
+    moved = np.flatnonzero((ids >= 0) & (target[ids] != ids))
+    if not len(moved):
+        return None
+    order = np.arange(len(ids))
+    by_unit = moved[np.argsort(ids[moved], kind="stable")]
+    wanted = target[ids[by_unit]]
+    starts = {int(u): int(k) for k, u in reversed(list(enumerate(ids[by_unit])))}
+    first = np.array([starts[int(u)] for u in ids[by_unit]])
+    source = np.array([starts[int(u)] for u in wanted])
+    order[by_unit] = by_unit[source + np.arange(len(by_unit)) - first]
+    return order
+
+
+@contextlib.contextmanager
+def _randomised(model: nn.Module) -> Iterator[None]:
+    """Give tensors whose values are all equal (or tiny) values that a wrong permutation would betray."""
+    rng = torch.Generator().manual_seed(0)
+    saved: list[tuple[torch.Tensor, torch.Tensor]] = []
+    from secateur.mask import tensors_of
+
+    try:
+        with torch.no_grad():
+            for tensor in {id(t): t for t in tensors_of(model).values()}.values():
+                if not tensor.is_floating_point() or tensor.numel() < 2 or tensor.dim() == 0:
+                    continue
+                low, high = tensor.min(), tensor.max()
+                if not bool(torch.isfinite(high - low)) or float(high - low) > 1e-6:
+                    continue
+                saved.append((tensor, tensor.detach().clone()))
+                noise = torch.rand(tensor.shape, generator=rng).to(tensor.device, tensor.dtype)
+                level = float(high)
+                # small steps: a deep model would amplify large ones until rounding hides everything
+                tensor.copy_((level if abs(level) > 0.01 else 0.1 * (level != 0)) + 0.2 * (noise - 0.5))
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in saved:
+                tensor.copy_(value)
+
+
+def check_compact(graph: Graph, plan: Plan, small: nn.Module) -> Check:
+    """Compare the (already masked) dense model with the small one on the example inputs.
+
+    When an inexact group is cut the two are different functions by definition: then only a finite output of the
+    same shapes is asked for.  Raises ``VerificationError`` naming the groups.
+    """
+    cut = [graph.group(name) for name, _, _ in plan.keep]
+    wide, narrow = outputs(graph.model, graph), outputs(small, graph)
+    error, limit = distance(wide, narrow), tolerance(graph.model)
+    names = ", ".join(g.name for g in cut[:4]) + (" ..." if len(cut) > 4 else "")
+    if [t.shape for t in wide] != [t.shape for t in narrow] and all(g.exact for g in cut):
+        raise VerificationError(f"masked and compact outputs differ in shape after cutting {names}.")
+    if all(g.exact for g in cut) and error > 10 * limit:
+        raise VerificationError(
+            f"masked and compact differ by {error:.1e} relative (tolerance {limit:.0e}) after cutting {names}; "
+            "freeze the group that is wrong (sc.verify(graph) shows one row per group) and report the model."
+        )
+    return Check(names, "compact", error, limit, True)

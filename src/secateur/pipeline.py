@@ -1,0 +1,133 @@
+"""run(recipe): the stages in order, no cleverness.
+
+A run is a list of stages: train, then cut and recover for each step of the schedule, then finish.  Between
+any two, and after each epoch, the whole state is in one file; ``resume`` continues from it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from secateur import resolve
+from secateur.checkpoint import load
+from secateur.criteria import Magnitude
+from secateur.criteria.evidence import PER_SAMPLE
+from secateur.data import Dataset
+from secateur.folder import DENSE, RECORDS, STATE, choose, complete, write_recipe
+from secateur.measure.accuracy import logits
+from secateur.measure.latency import describe
+from secateur.progressive import whole
+from secateur.recipe import Recipe
+from secateur.score import score
+from secateur.session import Run, Screen, costs, traced
+from secateur.ship import finish
+from secateur.stages import STAGES, allocate
+from secateur.track.local import Log
+from secateur.train.loop import Cursor
+from secateur.train.resume import State, read_state
+from secateur.types import Graph, Plan, RecipeError
+
+
+def run(recipe: Recipe, folder: Path | None = None, *, resume: bool = False, screen: Screen | None = None) -> Path:
+    """Carry out ``recipe`` and return the folder of the run (``folder``, or what ``folder.choose`` says).
+
+    Everything that can be checked early (data, model, budget, name patterns) is checked before the folder is
+    made.  Raises the errors of the parts; what is on the disk then is a state that ``resume`` continues.
+    """
+    screen = screen or Screen()
+    begin = time.perf_counter()
+    folder = folder or choose(recipe, resume)
+    if resume and complete(folder):
+        screen.line(f"{folder} is complete; nothing to resume.")
+        return folder
+    device = resolve.device(recipe)
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    data = resolve.dataset(recipe.data, recipe.seed).to(device)
+    dense = traced(resolve.model(recipe, data).to(device), data)
+    _check_early(recipe, dense, data)
+    saved = read_state(folder / STATE) if resume and (folder / STATE).exists() else None
+    folder.mkdir(parents=True, exist_ok=True)
+    write_recipe(recipe, folder)
+    log = Log(folder / RECORDS, saved.records if saved else 0)
+    run = Run(recipe, folder, data, dense, log, screen, whole(dense))
+    screen.line(f"run folder: {folder}")
+    model = _restored(run, saved) if saved else _started(run, device)
+    cursor, optimizer = (saved.cursor, saved.optimizer) if saved else (Cursor(), None)
+    stages = plan_stages(recipe)
+    for run.stage in range(saved.stage if saved else 0, len(stages)):
+        kind, step = stages[run.stage]
+        model = STAGES[kind](run, model, step, cursor, optimizer)
+        cursor, optimizer = Cursor(), None
+        if run.stage + 1 < len(stages):
+            run.save_state(run.stage + 1, model)
+    finish(run, model)
+    log.append("end", seconds=time.perf_counter() - begin, resumed=saved is not None)
+    (folder / STATE).unlink(missing_ok=True)
+    return folder
+
+
+def plan_stages(recipe: Recipe) -> list[tuple[str, int]]:
+    """Return the stages as (kind, step): train, then cut and recover for each step."""
+    steps = range(1, len(resolve.targets(recipe)) + 1)
+    return [("train", 0), *((kind, step) for step in steps for kind in ("cut", "recover"))]
+
+
+def _check_early(recipe: Recipe, dense: Graph, data: Dataset) -> None:
+    """Try the last cut on the untrained model, and its output; raises what would come too late."""
+    with torch.no_grad():
+        scores = logits(dense.model.eval()(*dense.args))
+    if scores.shape[1] != len(data.classes):
+        raise RecipeError(
+            f"model.name = {recipe.model.name!r}: it returns {scores.shape[1]} scores per image, the dataset "
+            f"{data.source.name!r} has {len(data.classes)} classes; set the builder's argument in model.args."
+        )
+    wanted = resolve.criterion(recipe)
+    scores = score(dense, Magnitude() if wanted.evidence & PER_SAMPLE else wanted)
+    allocate(recipe, dense, scores, recipe.budget)
+
+
+def _started(run: Run, device: torch.device) -> nn.Module:
+    """Write the first records of a run; return the dense model."""
+    recipe, data, graph = run.recipe, run.data, run.dense
+    versions = {name: importlib.metadata.version(name) for name in ("secateur", "torch", "numpy")}
+    run.log.append(
+        "run",
+        recipe=recipe.model_dump(mode="json"),
+        hash=recipe.hash,
+        device=describe(device),
+        threads=torch.get_num_threads(),
+        platform=platform.platform(),
+        versions={**versions, "python": platform.python_version()},
+    )
+    sizes = {part: len(data.part(part)) for part in ("train", "validation", "test")}
+    run.log.append("data", name=data.source.name, classes=data.classes, shape=data.shape, **sizes)
+    groups = [
+        {"name": g.name, "units": g.units, "kind": g.granularity, "exact": g.exact, "frozen": g.frozen}
+        for g in graph.groups
+    ]
+    figures = costs(graph)
+    run.log.append("model", name=recipe.model.name, groups=groups, seconds=graph.seconds, **figures)
+    run.screen.line(
+        f"{recipe.model.name} on {data.source.name}: {figures['params']:,} parameters, "
+        f"{figures['macs']:,} MACs; {sizes['train']:,} images to train, {sizes['validation']:,} to validate, "
+        f"{sizes['test']:,} to test"
+    )
+    return graph.model
+
+
+def _restored(run: Run, state: State) -> nn.Module:
+    """Return the model of a saved state; the run's dense graph and plan are brought to it."""
+    run.log.append("resume", at=state.stage)
+    run.screen.line(f"resuming at stage {state.stage + 1} of {len(plan_stages(run.recipe)) + 1}")
+    if state.stage > 0:
+        device = run.data.source.images.device
+        run.dense = traced(load(run.folder / DENSE, model=run.dense.model).to(device), run.data)
+    run.plan = Plan.from_json(state.plan) if state.plan else whole(run.dense)
+    return run.shrunk(state.model)

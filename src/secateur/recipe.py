@@ -1,0 +1,320 @@
+"""The recipe of one experiment: a strict, versioned schema; every mistake is named with its line.
+
+Only this module and ``cli`` compare strings that a user wrote; everything behind them gets values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path as FilePath
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+
+from secateur.problems import at, listing, nearest, schema_problems, shown
+from secateur.types import Budget, RecipeError, SecateurError
+from secateur.yaml_source import Path, parse
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Names = Annotated[tuple[str, ...], Field(strict=False)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are refused, values are not converted, instances do not change."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class Data(Section):
+    """Where the images come from and how they are split."""
+
+    name: str = "digits"
+    """dataset: digits (embedded), mnist, fashion_mnist, cifar10"""
+    root: str | None = None
+    """folder of train.parquet and test.parquet, itself or in a folder called NAME, or torchvision's files"""
+    download: bool = False
+    """let torchvision download the dataset into root"""
+    validation: Share = 0.1
+    """fraction of the training images that is held out for validation"""
+    test: Share = 0.2
+    """fraction of all images that is the test set, for datasets without one"""
+    limit: Count | None = None
+    """use at most this many training images"""
+    normalize: bool = False
+    """subtract the mean and divide by the deviation of the training images, per channel"""
+    augment: Literal["none", "flip", "flip_crop"] = "none"
+    """what is done to training images: nothing, mirror at random, mirror and shift by up to 4 pixels"""
+
+
+class Model(Section):
+    """The network."""
+
+    name: str = "s3"
+    """registry name, torchvision:NAME, timm:NAME, transformers:CLASS or package.module:factory"""
+    args: dict[str, JsonValue] = {}
+    """arguments of the builder; classes, channels and image size are filled in where the builder has them"""
+    checkpoint: str | None = None
+    """a .safetensors file with trained weights (of secateur, or a plain state dict)"""
+
+
+class Train(Section):
+    """Training of the dense model."""
+
+    epochs: Annotated[int, Field(ge=0)] = 10
+    """passes over the training images; 0 leaves the model as it is (with a checkpoint)"""
+    batch_size: Count = 32
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    lr: Positive = 1e-3
+    """base learning rate"""
+    rate: Literal["constant", "cosine", "step"] = "constant"
+    """how the learning rate falls"""
+    weight_decay: NotNegative = 0.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """momentum of sgd, first beta of adam and adamw"""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    clip_norm: Positive | None = None
+    """largest norm of all gradients together"""
+
+
+class Costs(Section):
+    """What a unit costs, taken off its score; fractions of the model's cost that its removal saves."""
+
+    macs: NotNegative = 0.0
+    """weight of the multiply-accumulates"""
+    params: NotNegative = 0.0
+    """weight of the parameters"""
+
+
+class Score(Section):
+    """The criterion: how good a unit is."""
+
+    name: str = "taylor"
+    """taylor, fisher, magnitude, bn_scale, random"""
+    args: dict[str, JsonValue] = {}
+    """arguments of the criterion, e.g. {form: elementwise} of taylor, {p: 1} of magnitude"""
+    samples: Count = 1024
+    """training images that are shown to the criterion"""
+    batch_size: Count = 256
+    cost: Costs = Costs()
+    """score - macs * share of MACs - params * share of parameters"""
+
+
+class Keep(Section):
+    """The budget: exactly one of these fractions stays at the end."""
+
+    units: Fraction | None = None
+    """fraction of all units in prunable groups"""
+    params: Fraction | None = None
+    """fraction of the parameters of the model"""
+    macs: Fraction | None = None
+    """fraction of the multiply-accumulates of the model"""
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        given = [k for k, v in self if v is not None]
+        if len(given) != 1:
+            found = ", ".join(given) or "none"
+            raise ValueError(
+                f"give exactly one of units, params, macs; found {found} "
+                "(to replace it on the command line: 'prune.budget={macs: 0.5}')"
+            )
+        return self
+
+
+class When(Section):
+    """The schedule: how many cuts lead to the budget."""
+
+    name: Literal["once", "iterative", "cubic"] = "iterative"
+    """once: one cut; iterative: cuts of equal size; cubic: large cuts first"""
+    steps: Annotated[int, Field(ge=1, le=1000)] = 1
+    """number of cuts"""
+
+
+class Prune(Section):
+    """What goes, and when."""
+
+    criterion: Score = Score()
+    budget: Keep = Keep(units=0.5)
+    allocation: Literal["uniform", "global", "isomorphic"] = "global"
+    """how the budget is split over the groups"""
+    schedule: When = When()
+    round_to: Literal["auto"] | Count | None = "auto"
+    """widths become multiples of this; auto: of 8 in groups that are wide enough; null: any width"""
+    min_units: Count = 1
+    """units that stay in every group"""
+    exact_only: bool = False
+    """cut only groups where the masked and the smaller model are the same function"""
+    keep: dict[str, Fraction] = {}
+    """group or module name pattern -> fraction of its units that stays"""
+    freeze: Names = ()
+    """group or module name patterns that stay whole"""
+
+
+class Recover(Section):
+    """What happens after each cut."""
+
+    name: Literal["finetune", "none"] = "finetune"
+    epochs: Annotated[int, Field(ge=0)] = 1
+    """epochs after each cut but the last"""
+    final_epochs: Annotated[int, Field(ge=0)] | None = None
+    """epochs after the last cut (null: the same)"""
+    lr: Positive | None = None
+    """base learning rate (null: that of train; all other options are those of train)"""
+    rate: Literal["constant", "cosine", "step"] | None = None
+    """how the learning rate falls (null: as in train)"""
+
+
+class Measure(Section):
+    """What is measured at the end."""
+
+    batch_sizes: Annotated[tuple[Count, ...], Field(strict=False, min_length=1)] = (1, 64)
+    """batch sizes at which latency is measured"""
+    repeats: Count = 50
+    """interleaved rounds of the latency measurement"""
+
+
+class Recipe(Section):
+    """One experiment."""
+
+    version: Literal[1]
+    """version of this schema"""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    """name of the experiment, and of its folder under runs/"""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    """auto, cpu, cuda or cuda:N"""
+    threads: Count | None = None
+    """threads of the CPU kernels (null: what torch chooses)"""
+    data: Data = Data()
+    model: Model = Model()
+    train: Train = Train()
+    prune: Prune = Prune()
+    recover: Recover = Recover()
+    measure: Measure = Measure()
+    out: str | None = None
+    """folder of the run (null: runs/NAME, with a number when that is taken)"""
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over every value but ``out``, 16 hex digits."""
+        values = self.model_dump(mode="json", exclude={"out"})
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def budget(self) -> Budget:
+        """The final budget."""
+        return Budget(**{k: v for k, v in self.prune.budget if v is not None})
+
+
+def load(path: str | FilePath, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe in the YAML file ``path``, with ``key=value`` overrides put on top.
+
+    A value is YAML: ``train.lr=0.01``, ``prune.budget={macs: 0.5}``, ``prune.freeze=[conv1]``.
+    Raises ``RecipeError`` that lists every problem as file:line:column, dotted key, value, rule, and the
+    nearest valid name.
+    """
+    try:
+        text = FilePath(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"the recipe {str(path)!r} cannot be read: {error}. `secateur init` writes one.") from error
+    return loads(text, str(path), overrides)
+
+
+def loads(text: str, where: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe in YAML ``text``; ``where`` names its file in messages.  See ``load``.
+
+    >>> loads("{version: 1, name: tiny}", overrides=["train.lr=0.1"]).train.lr
+    0.1
+    """
+    values, marks = parse(text, where)
+    if not isinstance(values, dict):
+        found = "nothing" if values is None else type(values).__name__
+        raise RecipeError(f"{where}:1:1: a recipe is a mapping that starts with version and name; found {found}.")
+    places = {path: f"{where}:{mark.line}:{mark.column}" for path, mark in marks.items()}
+    for override in overrides:
+        _override(values, places, override)
+    problems = _registry_problems(values)
+    recipe: Recipe | None = None
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        problems = {**schema_problems(Recipe, values, error), **problems}
+    if problems or recipe is None:
+        raise RecipeError(listing(where, values, places, problems))
+    return recipe
+
+
+def _override(values: dict[str, Any], places: dict[Path, str], text: str) -> None:
+    """Put ``a.b=value`` into ``values`` and note that its place is the command line."""
+    dotted, equals, raw = text.partition("=")
+    path = tuple(dotted.strip().split("."))
+    if not equals or not all(path):
+        raise RecipeError(f"override {text!r} must be key=value, for example train.lr=0.01.")
+    value, _ = parse(raw, f"override {dotted}")
+    here: Any = values
+    for depth, key in enumerate(path[:-1]):
+        if here.get(key) is None:
+            here[key] = {}
+        here = here[key]
+        if not isinstance(here, dict):
+            section = ".".join(path[: depth + 1])
+            raise RecipeError(f"override {text!r}: {section} is {shown(here)}, which has no keys inside.")
+    here[path[-1]] = value
+    for old in [p for p in places if p[: len(path)] == path]:
+        del places[old]
+    for depth in range(1, len(path) + 1):
+        places.setdefault(path[:depth], "command line")
+
+
+def _registry_problems(values: Mapping[str, Any]) -> dict[Path, str]:
+    """Return path -> rule for names that no registry has, and for options that a criterion doesn't take."""
+    from secateur.criteria import REGISTRY
+    from secateur.data import SOURCES
+    from secateur.models import MODELS
+
+    problems: dict[Path, str] = {}
+    for path, names, forms in (
+        (("data", "name"), SOURCES, ""),
+        (("prune", "criterion", "name"), REGISTRY, ""),
+        (
+            ("model", "name"),
+            MODELS,
+            ", torchvision:NAME, timm:NAME, transformers:CLASS, package.module:factory",
+        ),
+    ):
+        name = at(values, path)
+        if isinstance(name, str) and name not in names and not (forms and ":" in name):
+            problems[path] = f"must be one of {', '.join(names)}{forms}{nearest(name, names, bare=True)}"
+    kind = REGISTRY.get(str(at(values, ("prune", "criterion", "name")) or Score().name))
+    args = at(values, ("prune", "criterion", "args")) or {}
+    if kind is not None and isinstance(args, dict):
+        known = list(inspect.signature(kind).parameters)
+        bad = {key: f"unknown option of {kind.name}{nearest(str(key), known)}" for key in args if key not in known}
+        problems |= {("prune", "criterion", "args", key): rule for key, rule in bad.items()}
+        try:
+            if not bad:
+                kind(**args)
+        except (SecateurError, TypeError, ValueError) as error:
+            problems["prune", "criterion", "args"] = str(error)
+    return problems
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of recipes, with the registered names, so that editors can complete them."""
+    from secateur.criteria import REGISTRY
+    from secateur.data import SOURCES
+    from secateur.models import MODELS
+
+    schema = Recipe.model_json_schema()
+    parts = schema["$defs"]
+    parts["Data"]["properties"]["name"]["enum"] = list(SOURCES)
+    parts["Score"]["properties"]["name"]["enum"] = list(REGISTRY)
+    parts["Model"]["properties"]["name"]["examples"] = [*MODELS, "torchvision:resnet18", "timm:convnext_atto"]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -1,0 +1,168 @@
+"""From records to what the page shows: plain values, formatted numbers, figures."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from secateur.report.figures import Line, Mark, chart
+from secateur.types import Record
+
+Data = Mapping[str, Any]
+
+UNITS = {"fraction": "%", "nats": "", "params": "", "macs": "", "ms": "ms", "bytes": "kB", "times": "x"}
+NAMES = {
+    "validation top1": "validation accuracy",
+    "validation top5": "validation top-5 accuracy",
+    "test top1": "test accuracy",
+    "test top5": "test top-5 accuracy",
+    "params": "parameters",
+    "macs": "MACs per image",
+    "file": "checkpoint",
+}
+CARDS = ("test top1", "params", "macs", "latency")
+
+
+def view(records: Sequence[Record]) -> dict[str, Any]:
+    """Return the values of the page; what a run did not reach yet is empty."""
+    stages: dict[str, list[Data]] = {}
+    for record in records:
+        stages.setdefault(record.stage, []).append(record.data)
+    run, model, measure = (_last(stages, name) for name in ("run", "model", "measure"))
+    rows = comparison(measure.get("measurements", {}))
+    cuts = stages.get("cut", [])
+    recovered = {row["step"]: row for row in stages.get("recovered", [])}
+    pairs = itertools.pairwise(records)
+    return {
+        "run": run,
+        "recipe": run.get("recipe", {}),
+        "data": _last(stages, "data"),
+        "model": model,
+        "when": datetime.fromtimestamp(records[0].time, UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "seconds": sum(after.time - before.time for before, after in pairs if after.stage != "resume"),
+        "finished": bool(measure),
+        "warnings": measure.get("warnings", []),
+        "rows": rows,
+        "cards": [row for row in rows if any(row["key"].startswith(name) for name in CARDS)],
+        "groups": _groups(model, cuts),
+        "frozen": [group for group in model.get("groups", []) if group["frozen"]],
+        "layers": _layers(measure.get("layers", {})),
+        "cuts": [{**cut, "recovered": recovered.get(cut["step"])} for cut in cuts],
+        "dense": _last(stages, "dense"),
+        "proof": [row for cut in cuts for row in cut["proof"]],
+        "charts": charts(stages),
+    }
+
+
+def _last(stages: Mapping[str, list[Data]], name: str) -> Data:
+    return stages[name][-1] if name in stages else {}
+
+
+def comparison(measurements: Mapping[str, Sequence[Data]]) -> list[dict[str, Any]]:
+    """Return one row per quantity: dense and pruned value, spread, change, how it was measured."""
+    dense = {m["name"]: m for m in measurements.get("dense", ())}
+    rows = []
+    for small in measurements.get("pruned", ()):
+        big, unit = dense.get(small["name"]), small["unit"]
+        rows.append(
+            {
+                "key": small["name"],
+                "name": NAMES.get(small["name"], small["name"]),
+                "dense": number(big["value"], unit) if big else "",
+                "dense_bare": number(big["value"], unit).removesuffix(f" {UNITS.get(unit, unit)}") if big else "",
+                "pruned": number(small["value"], unit),
+                "spread": number(small["spread"], unit) if small["spread"] else "",
+                "dense_spread": number(big["spread"], unit) if big and big["spread"] else "",
+                "change": change(big["value"], small["value"], unit) if big else "",
+                "good": _good(big["value"], small["value"], unit) if big else small["value"] > 1,
+                "n": small["n"],
+                "how": small["how"],
+                "device": small["device"],
+            }
+        )
+    return rows
+
+
+def number(value: float, unit: str) -> str:
+    """Return a value for the reader: percent for fractions, thousands separated, four digits for the rest.
+
+    >>> number(0.9184, "fraction"), number(63122, "params"), number(0.05123, "ms")
+    ('91.84 %', '63,122', '0.0512 ms')
+    """
+    if unit == "fraction":
+        return f"{value * 100:.2f} %"
+    if unit in ("params", "macs"):
+        return f"{value:,.0f}"
+    if unit == "bytes":
+        return f"{value / 1000:,.1f} kB"
+    return f"{value:.3g} {UNITS.get(unit, unit)}".strip()
+
+
+def change(before: float, after: float, unit: str) -> str:
+    """Return points for fractions, percent for everything else.
+
+    >>> change(0.9, 0.89, "fraction"), change(100, 38, "params")
+    ('-1.00 points', '-62.0 %')
+    """
+    if unit == "fraction":
+        return f"{(after - before) * 100:+.2f} points"
+    return f"{(after / before - 1) * 100:+.1f} %" if before else ""
+
+
+def _good(before: float, after: float, unit: str) -> bool:
+    return after >= before if unit == "fraction" else after < before
+
+
+def _groups(model: Data, cuts: Sequence[Data]) -> list[dict[str, Any]]:
+    """Return each prunable group with its units, those that stay, and the percentage that went."""
+    kept = {row["name"]: row["kept"] for row in (cuts[-1]["groups"] if cuts else ())}
+    return [
+        {
+            "name": group["name"],
+            "kind": group["kind"],
+            "units": group["units"],
+            "kept": kept.get(group["name"], group["units"]),
+            "share": kept.get(group["name"], group["units"]) / group["units"],
+        }
+        for group in model.get("groups", [])
+        if not group["frozen"] and group["units"] > 1
+    ]
+
+
+def _layers(layers: Mapping[str, Sequence[Data]]) -> list[dict[str, Any]]:
+    """Return each layer with its parameters before and after, and the percentage that went."""
+    after = {row["name"]: row for row in layers.get("pruned", ())}
+    rows = []
+    for row in layers.get("dense", ()):
+        small = after.get(row["name"], {"params": 0, "output": ()})
+        share = small["params"] / row["params"]
+        rows.append({**row, "after": small["params"], "output_after": small["output"], "share": share})
+    return rows
+
+
+def charts(stages: Mapping[str, list[Data]]) -> list[tuple[str, str]]:
+    """Return (title, SVG) of loss and accuracy over all epochs, with a mark at each cut."""
+    epochs = stages.get("epoch", [])
+    number_of = {id(row): index + 1 for index, row in enumerate(epochs)}
+    marks: list[Mark] = []
+    drops: dict[str, list[tuple[float, float]]] = {"loss": [], "top1": []}
+    for cut in stages.get("cut", []):
+        at = sum(row["step"] < cut["step"] for row in epochs) + 0.5
+        marks.append(Mark(at, f"cut {cut['step']}" if cut["step"] == 1 else str(cut["step"])))
+        for key, points in drops.items():
+            points.append((at, cut["after"][key]))
+    figures = []
+    for title, name, key, percent in (
+        ("Loss", "loss", "loss", False),
+        ("Accuracy", "accuracy", "top1", True),
+    ):
+        lines = [
+            Line(part, part, [(number_of[id(row)], row[f"{part}_{name}"]) for row in epochs])
+            for part in ("train", "validation")
+        ]
+        if drops[key] and percent:  # in the loss chart they would flatten everything else
+            lines.append(Line("validation right after a cut", "after", drops[key]))
+        figures.append((title, chart(f"{title} over epochs", lines, marks, percent)))
+    return figures

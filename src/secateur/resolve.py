@@ -1,0 +1,130 @@
+"""From the words of a recipe to the objects they name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from secateur.checkpoint import load
+from secateur.criteria import REGISTRY, Costed, Criterion
+from secateur.data import SOURCES, Dataset, split
+from secateur.data.augment import AUGMENTATIONS
+from secateur.header import KEY
+from secateur.models import MODELS
+from secateur.models.build import build
+from secateur.recipe import Data, Recipe
+from secateur.schedules import SCHEDULES
+from secateur.train.loop import Settings, draw
+from secateur.train.optimizers import OPTIMIZERS
+from secateur.train.rates import RATES
+from secateur.types import CheckpointError, RecipeError
+
+
+def device(recipe: Recipe) -> torch.device:
+    """Return the device of the run; raises ``RecipeError`` when it is not there."""
+    present = torch.cuda.is_available()
+    if recipe.device == "auto":
+        return torch.device("cuda" if present else "cpu")
+    chosen = torch.device(recipe.device)
+    if chosen.type == "cuda" and (not present or (chosen.index or 0) >= torch.cuda.device_count()):
+        count = torch.cuda.device_count() if present else 0
+        raise RecipeError(f"device = {recipe.device!r}: {count} CUDA devices were found; use auto or cpu.")
+    return chosen
+
+
+def dataset(data: Data, seed: int) -> Dataset:
+    """Return the dataset of a recipe, split by ``seed``."""
+    source = SOURCES[data.name](data.root, data.download)
+    return split(
+        source,
+        validation=data.validation,
+        test=data.test,
+        seed=seed,
+        limit=data.limit,
+        normalize=data.normalize,
+    )
+
+
+def model(recipe: Recipe, data: Dataset) -> nn.Module:
+    """Return the model of a recipe for the images and classes of ``data``, with its checkpoint's weights.
+
+    Weights are drawn from the recipe's seed.  A builder of the registry, torchvision or timm is told the
+    number of classes (and channels and image size where it takes them) unless the recipe says otherwise.
+    """
+    name, args = recipe.model.name, dict(recipe.model.args)
+    channels, height, width = data.shape
+    facts = {
+        "classes": len(data.classes),
+        "num_classes": len(data.classes),
+        "in_channels": channels,
+        "in_chans": channels,
+        "image_size": height if height == width else [height, width],
+    }
+    args = {key: facts[key] for key in _takes(name) if key in facts} | args
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(draw(recipe.seed))
+        network = build(name, **args)
+    return network if recipe.model.checkpoint is None else _filled(network, Path(recipe.model.checkpoint))
+
+
+def _takes(name: str) -> Iterable[str]:
+    """Return the names of the facts about the data that builder ``name`` takes."""
+    library, colon, _ = name.rpartition(":")
+    if not colon and name in MODELS:
+        return inspect.signature(MODELS[name]).parameters
+    return {"torchvision": ("num_classes",), "timm": ("num_classes", "in_chans")}.get(library, ())
+
+
+def _filled(network: nn.Module, path: Path) -> nn.Module:
+    """Return ``network`` with the weights in ``path``: a checkpoint of secateur or a plain state dict."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            ours = KEY in (file.metadata() or {})
+        if not ours:
+            network.load_state_dict(load_file(path))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"model.checkpoint: {path} cannot be read: {error}") from error
+    except RuntimeError as error:
+        raise CheckpointError(f"model.checkpoint: {path} does not fit the model: {error}") from error
+    return load(path, model=network) if ours else network
+
+
+def criterion(recipe: Recipe) -> Criterion:
+    """Return the criterion of a recipe, with its cost terms."""
+    wanted = recipe.prune.criterion
+    chosen = REGISTRY[wanted.name](**wanted.args)
+    cost = wanted.cost
+    return Costed(chosen, macs=cost.macs, params=cost.params) if cost.macs or cost.params else chosen
+
+
+def targets(recipe: Recipe) -> tuple[float, ...]:
+    """Return the fraction of the dense model that stays after each cut."""
+    when = recipe.prune.schedule
+    return SCHEDULES[when.name](recipe.budget.keep, when.steps)
+
+
+def training(recipe: Recipe, phase: int, last: bool = False) -> Settings:
+    """Return how to train: ``phase`` 0 is the dense model, k the recovery after cut k (``last``: of all)."""
+    train, recover = recipe.train, recipe.recover
+    epochs, rate, lr = train.epochs, train.rate, train.lr
+    if phase:
+        epochs = recover.final_epochs if last and recover.final_epochs is not None else recover.epochs
+        epochs *= {"finetune": 1, "none": 0}[recover.name]
+        rate, lr = recover.rate or rate, recover.lr or lr
+    make = OPTIMIZERS[train.optimizer]
+    return Settings(
+        epochs,
+        train.batch_size,
+        lambda parameters: make(parameters, lr, train.weight_decay, train.momentum),
+        RATES[rate],
+        train.label_smoothing,
+        train.clip_norm,
+        AUGMENTATIONS[recipe.data.augment],
+        draw(recipe.seed, phase),
+    )

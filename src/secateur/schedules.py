@@ -1,0 +1,43 @@
+"""Schedules: how the kept fraction falls from 1 to its final value, one value per cut.
+
+A schedule takes the final kept fraction in (0, 1] and the number of cuts, and returns one decreasing fraction
+per cut, the last of which is the final one exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Schedule = Callable[[float, int], tuple[float, ...]]
+
+
+def once(keep: float, steps: int = 1) -> tuple[float, ...]:
+    """Return one cut, whatever ``steps`` says.
+
+    >>> once(0.5, 4)
+    (0.5,)
+    """
+    return (keep,)
+
+
+def iterative(keep: float, steps: int) -> tuple[float, ...]:
+    """Return cuts of equal size: 1 - (1 - keep) k / steps.
+
+    >>> iterative(0.5, 2)
+    (0.75, 0.5)
+    """
+    return (*(1 - (1 - keep) * k / steps for k in range(1, steps)), keep)
+
+
+def cubic(keep: float, steps: int) -> tuple[float, ...]:
+    """Return cuts that are large first: keep + (1 - keep) (1 - k / steps)^3.
+
+    Source: Zhu and Gupta 2017, arXiv 1710.01878, equation 1.
+
+    >>> cubic(0.5, 2)
+    (0.5625, 0.5)
+    """
+    return (*(keep + (1 - keep) * (1 - k / steps) ** 3 for k in range(1, steps)), keep)
+
+
+SCHEDULES: dict[str, Schedule] = {f.__name__: f for f in (cubic, iterative, once)}

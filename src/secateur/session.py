@@ -1,0 +1,84 @@
+"""What the stages of a run share: its recipe, data, dense graph, log and state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.compact import compact
+from secateur.data import Dataset
+from secateur.folder import STATE
+from secateur.graph.groups import trace
+from secateur.measure import counts
+from secateur.measure.accuracy import Quality, evaluate
+from secateur.recipe import Recipe
+from secateur.track.local import Log
+from secateur.train.loop import Cursor
+from secateur.train.resume import State, write_state
+from secateur.types import Graph, Plan
+
+EXAMPLES = 8  # images that the model is traced and verified on
+
+
+@dataclass(frozen=True)
+class Screen:
+    """Where a run tells what it does: lines of text, and the progress of the current stage."""
+
+    line: Callable[[str], None] = lambda text: None
+    progress: Callable[[str, int, int], None] = lambda label, done, total: None
+
+
+@dataclass(eq=False)
+class Run:
+    """Everything the stages share.  ``plan`` is what was cut so far, as a plan of the dense graph."""
+
+    recipe: Recipe
+    folder: Path
+    data: Dataset
+    dense: Graph
+    log: Log
+    screen: Screen
+    plan: Plan
+    stage: int = 0
+
+    @property
+    def example(self) -> torch.Tensor:
+        """The inputs that the model was traced on."""
+        return self.dense.args[0]
+
+    def quality(self, model: nn.Module, part: str = "validation") -> Quality:
+        """Return loss and accuracy of ``model`` on a part of the data."""
+        return evaluate(model, self.data.batches(part, max(256, self.recipe.train.batch_size)))
+
+    def save_state(self, stage: int, model: nn.Module, cursor: Cursor | None = None, optimizer: Any = None) -> None:
+        """Replace the saved state."""
+        state = optimizer.state_dict() if optimizer is not None else None
+        tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+        plan = self.plan.to_json()
+        write_state(self.folder / STATE, State(stage, self.log.count, cursor or Cursor(), tensors, state, plan))
+
+    def shrunk(self, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+        """Return the model that ``plan`` makes of the dense one, with these weights."""
+        model = compact(self.dense, self.plan, verify=False) if self.plan.keep else self.dense.model
+        model.load_state_dict(tensors)
+        return model
+
+
+def traced(model: nn.Module, data: Dataset) -> Graph:
+    """Return the graph of ``model`` on the first training images."""
+    return trace(model, data.batch(data.train[:EXAMPLES])[0])
+
+
+def figures(quality: Quality) -> dict[str, float]:
+    """Return loss and accuracies for a record."""
+    return {"loss": quality.loss, "top1": quality.top1, "top5": quality.top5, "n": quality.n}
+
+
+def costs(graph: Graph) -> dict[str, int]:
+    """Return parameters, and multiply-accumulates for one image."""
+    return {"params": counts.params(graph), "macs": round(counts.macs(graph) / len(graph.args[0]))}

@@ -1,0 +1,106 @@
+"""The end of a run: measure the dense and the pruned model side by side, and write the files that ship."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.checkpoint import save
+from secateur.data import Dataset
+from secateur.folder import DENSE, PLAN, PROOF, PRUNED, RECORDS, REPORT
+from secateur.measure.latency import compare, describe
+from secateur.measure.summary import layers, table
+from secateur.recipe import Recipe
+from secateur.report import render
+from secateur.session import Run, costs, traced
+from secateur.track.local import read
+from secateur.train.resume import atomic_write
+from secateur.types import Check, Measurement, Proof
+
+SUMMARIES = {"dense": "model_summary.txt", "pruned": "pruned_model_summary.txt"}
+
+
+def passport(recipe: Recipe, data: Dataset) -> dict[str, Any]:
+    """Return what ``predict`` and ``evaluate`` must know: classes, input form, data and its split."""
+    return {
+        "classes": list(data.classes),
+        "input": {"shape": list(data.shape), "mean": list(data.mean), "std": list(data.std)},
+        "data": recipe.data.model_dump(mode="json"),
+        "seed": recipe.seed,
+    }
+
+
+def finish(run: Run, model: nn.Module) -> None:
+    """Measure, save and report.  This is the one place that reads the test set."""
+    run.screen.line("measuring ...")
+    models = {"dense": run.dense.model, "pruned": model}
+    found: dict[str, list[Measurement]] = {name: _measured(run, net) for name, net in models.items()}
+    warnings = []
+    for size in run.recipe.measure.batch_sizes:
+        inputs, repeats = _inputs(run, size), run.recipe.measure.repeats
+        dense, pruned, gain = compare(models["dense"], models["pruned"], inputs, repeats=repeats)
+        found["dense"].append(dense)
+        found["pruned"] += [pruned, gain]
+        if gain.value <= 1:
+            warnings.append(
+                f"NOT FASTER: at batch {size} the pruned model takes {pruned.value:.3f} ms, the dense one "
+                f"{dense.value:.3f} ms ({gain.value:.2f} times its speed)."
+            )
+    _save(run, model, found["pruned"])
+    for name in models:
+        path = run.folder / {"dense": DENSE, "pruned": PRUNED}[name]
+        found[name].append(_size(path))
+    rows = {name: layers(net, run.example[:1]) for name, net in models.items()}
+    for name, net in models.items():
+        text = table(rows[name], costs(traced(net, run.data)))
+        atomic_write(run.folder / SUMMARIES[name], text.encode())
+    run.log.append(
+        "measure",
+        measurements={name: [asdict(m) for m in items] for name, items in found.items()},
+        layers={name: [asdict(row) for row in items] for name, items in rows.items()},
+        warnings=warnings,
+    )
+    atomic_write(run.folder / REPORT, render(read(run.folder / RECORDS)).encode())
+
+
+def _measured(run: Run, model: nn.Module) -> list[Measurement]:
+    """Return accuracy on validation and test images, parameters and multiply-accumulates."""
+    device = describe(run.example.device)
+    found = [row for part in ("validation", "test") for row in run.quality(model, part).measurements(device, part)]
+    how = {"params": "counted from the traced graph", "macs": "counted from the traced graph, one image"}
+    counted = costs(traced(model, run.data)).items()
+    return found + [Measurement(name, value, name, 1, 0.0, device, how[name]) for name, value in counted]
+
+
+def _inputs(run: Run, size: int) -> torch.Tensor:
+    """Return ``size`` training images (repeated where there are fewer)."""
+    indices = run.data.train
+    return run.data.batch(indices[torch.arange(size) % len(indices)])[0]
+
+
+def _size(path: Path) -> Measurement:
+    return Measurement("file", path.stat().st_size, "bytes", 1, 0.0, "disk", f"size of {path.name}")
+
+
+def _save(run: Run, model: nn.Module, measurements: list[Measurement]) -> None:
+    """Write the plan, the proof and the pruned checkpoint."""
+    cuts = [record.data for record in read(run.folder / RECORDS) if record.stage == "cut"]
+    proof = Proof(tuple(Check(**row) for cut in cuts for row in cut["proof"]))
+    rows: Mapping[str, Any] = {"ok": proof.ok, "rows": [asdict(row) for row in proof.rows]}
+    atomic_write(run.folder / PLAN, run.plan.to_json().encode())
+    atomic_write(run.folder / PROOF, json.dumps(rows, indent=1).encode())
+    save(
+        model,
+        run.folder / PRUNED,
+        plan=run.plan,
+        proof=proof,
+        measurements=measurements,
+        recipe=run.recipe.hash,
+        extra=passport(run.recipe, run.data),
+    )

@@ -1,0 +1,153 @@
+"""The stages of a run: train, cut, recover.  Each takes the model and returns the model."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from glob import escape
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur import resolve
+from secateur.allocate import _matching as matching
+from secateur.allocate import allocate as choose
+from secateur.checkpoint import save
+from secateur.compact import compact
+from secateur.folder import DENSE
+from secateur.graph.verify import check_compact, verify
+from secateur.mask import masked
+from secateur.progressive import compose, relative
+from secateur.recipe import Recipe
+from secateur.score import score
+from secateur.session import Run, figures, traced
+from secateur.ship import passport
+from secateur.train.loop import Cursor, Epoch, Watch, fit
+from secateur.train.resume import atomic_write
+from secateur.types import Budget, Graph, Plan, Proof, Scores, VerificationError
+
+SAVE_EVERY = 60.0  # seconds between saved states within an epoch
+
+
+def train(run: Run, model: nn.Module, step: int, cursor: Cursor, optimizer: Any) -> nn.Module:
+    """Train the dense model, save it, and record its accuracy."""
+    _fit(run, model, 0, cursor, optimizer)
+    run.log.append("dense", **figures(run.quality(model)))
+    save(model, run.folder / DENSE, recipe=run.recipe.hash, extra=passport(run.recipe, run.data))
+    return model
+
+
+def recover(run: Run, model: nn.Module, step: int, cursor: Cursor, optimizer: Any) -> nn.Module:
+    """Train the model after cut ``step``, and record its accuracy."""
+    _fit(run, model, step, cursor, optimizer)
+    run.log.append("recovered", step=step, **figures(run.quality(model)))
+    return model
+
+
+def _fit(run: Run, model: nn.Module, step: int, cursor: Cursor, optimizer: Any) -> None:
+    settings = resolve.training(run.recipe, step, last=step == len(resolve.targets(run.recipe)))
+    label = f"fine-tune after cut {step}" if step else "train"
+    saved = time.monotonic()
+
+    def epoch(row: Epoch) -> None:
+        run.log.append("epoch", step=step, **asdict(row))
+        run.screen.line(
+            f"{label}, epoch {row.epoch + 1}/{settings.epochs}: loss {row.train_loss:.4f}, "
+            f"validation loss {row.validation_loss:.4f}, accuracy {row.validation_accuracy:.2%}"
+        )
+
+    def keep(cursor: Cursor, optimizer: torch.optim.Optimizer) -> None:
+        nonlocal saved
+        run.save_state(run.stage, model, cursor, optimizer)
+        saved = time.monotonic()
+
+    watch = Watch(
+        keep,
+        epoch,
+        lambda done, total: run.screen.progress(label, done, total),
+        lambda: time.monotonic() - saved > SAVE_EVERY,
+    )
+    fit(model, run.data, settings, begin=cursor, optimizer_state=optimizer, watch=watch)
+
+
+def cut(run: Run, model: nn.Module, step: int, cursor: Cursor, optimizer: Any) -> nn.Module:
+    """Score, allocate, prove and cut; return the smaller model."""
+    recipe, target = run.recipe, resolve.targets(run.recipe)[step - 1]
+    begin = time.perf_counter()
+    graph = run.dense if model is run.dense.model else traced(model, run.data)
+    before = run.quality(model)
+    wanted = recipe.prune.criterion
+    batches = (run.data.batch(part) for part in run.data.train[: wanted.samples].split(wanted.batch_size))
+    scores = score(graph, resolve.criterion(recipe), batches)
+    budget = Budget(**{recipe.budget.kind: target})
+    plan = allocate(recipe, run.dense, scores, relative(run.dense, run.plan, graph, budget))
+    proof, small = _proved(graph, plan)
+    run.plan = compose(run.dense, run.plan, plan, budget)
+    small = run.shrunk(small.state_dict())
+    after = run.quality(small)
+    (run.folder / "plans").mkdir(exist_ok=True)
+    atomic_write(run.folder / "plans" / f"step_{step}.json", run.plan.to_json().encode())
+    run.log.append(
+        "cut",
+        step=step,
+        budget={budget.kind: target},
+        achieved=dict(run.plan.achieved),
+        groups=[{"name": name, "units": units, "kept": len(kept)} for name, units, kept in run.plan.keep],
+        notes=plan.notes,
+        proof=[asdict(row) for row in proof.rows],
+        before=figures(before),
+        after=figures(after),
+        seconds=time.perf_counter() - begin,
+    )
+    run.screen.line(
+        f"cut {step}: {dict(run.plan.achieved)['units']:.1%} of the units stay, "
+        f"accuracy {before.top1:.2%} -> {after.top1:.2%} before fine-tuning"
+    )
+    for note in plan.notes:
+        run.screen.line(f"note: {note}")
+    return small
+
+
+def _proved(graph: Graph, plan: Plan) -> tuple[Proof, nn.Module]:
+    """Cut, after the permutation proof of the groups that are cut, and compare masked with compact.
+
+    Raises ``VerificationError`` naming the groups that fail.
+    """
+    rows = verify(graph, [name for name, _, _ in plan.keep]).rows if plan.keep else ()
+    wrong = [row.group for row in rows if not row.ok]
+    if wrong:
+        raise VerificationError(
+            f"permuting the units of {', '.join(wrong)} changes the output, so they must not be cut; "
+            "freeze them (prune.freeze) and report the model."
+        )
+    small = compact(graph, plan, verify=False)
+    with masked(graph, plan):
+        rows = (*rows, check_compact(graph, plan, small)) if plan.keep else rows
+    return Proof(rows), small
+
+
+def allocate(recipe: Recipe, dense: Graph, scores: Scores, budget: Budget) -> Plan:
+    """Call ``allocate`` with the options of the recipe.
+
+    Name patterns are matched on the dense graph.  Fractions in ``keep`` are of the dense model and reached by
+    the first cut; later cuts leave these groups as they are.
+    """
+    prune, graph = recipe.prune, scores.graph
+    present = {group.name for group in graph.groups}
+    first = graph is dense
+    fixed = [escape(name) for name in matching(dense, tuple(prune.keep)) if name in present]
+    frozen = [escape(name) for name in matching(dense, prune.freeze) if name in present]
+    return choose(
+        scores,
+        budget,
+        prune.allocation,
+        round_to=prune.round_to,
+        min_units=prune.min_units,
+        exact_only=prune.exact_only,
+        keep=prune.keep if first else dict.fromkeys(fixed, 1.0),
+        freeze=prune.freeze if first else frozen,
+    )
+
+
+STAGES = {"train": train, "cut": cut, "recover": recover}

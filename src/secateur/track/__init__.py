@@ -1,0 +1,1 @@
+"""Tracking: records of what a run did."""

@@ -1,0 +1,68 @@
+"""Records as JSON lines in one file: appended, flushed to the disk, readable after a crash."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from secateur.types import CheckpointError, Record
+
+
+class Log:
+    """Appends records to ``path``; ``keep`` first drops all but that many (what came after a saved state)."""
+
+    def __init__(self, path: Path, keep: int = 0) -> None:
+        self.path = path
+        lines = path.read_bytes().split(b"\n")[:keep] if path.exists() else []
+        if len(lines) < keep:
+            raise CheckpointError(f"{path} holds {len(lines)} records, the run's state needs {keep}; start it anew.")
+        self.count = keep
+        if path.exists():
+            with open(path, "rb+") as file:
+                file.truncate(sum(len(line) + 1 for line in lines))
+
+    def append(self, stage: str, **data: Any) -> Record:
+        """Write one record: ``stage``, the time (seconds since 1970) and ``data`` (JSON values)."""
+        record = Record(stage, finite(data), time.time())
+        line = json.dumps({"stage": stage, "time": record.time, **record.data}, allow_nan=False)
+        with open(self.path, "ab") as file:
+            file.write(line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.count += 1
+        return record
+
+
+def read(path: Path) -> list[Record]:
+    """Return the records in ``path``; a torn last line (a crash while writing) is left out.
+
+    Raises ``CheckpointError`` when the file is missing or another line is no record.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); is this the folder of a run?") from error
+    records = []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            data = json.loads(line)
+            records.append(Record(str(data.pop("stage")), data, float(data.pop("time"))))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"{path}:{number}: this line is not a record ({error}).") from error
+    return records
+
+
+def finite(value: Any) -> Any:
+    """Return ``value`` with numbers that JSON cannot hold (nan, inf) as None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
