@@ -9,6 +9,7 @@ its calls then come out right the attributes stay, otherwise they are restored a
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Set
 from dataclasses import replace
 from typing import Any
 
@@ -18,21 +19,25 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from secateur.compact import Surgery
-from secateur.graph.calls import CALLS, SHAPES, SLICES, SPLITS, BoundCall, counted_as
+from secateur.graph.calls import CALLS, SCALARS, SHAPES, SLICES, SPLITS, BoundCall, counted_as
 from secateur.graph.expected import changes, fetch
 from secateur.graph.trace import culprit, eval_mode, quiet_backends
+from secateur.mask import zeroed
 from secateur.patch import Patch, SizedForward, call_with, install, installed
 from secateur.types import Graph, VerificationError
 
 Found = dict[str, dict[tuple[str, int], Patch]]
+Numbers = Set[BoundCall]
 
 
 class _Fitting(TorchFunctionMode):
     """Corrects each call as it comes and notes the correction per module."""
 
-    def __init__(self, graph: Graph, kept: np.ndarray) -> None:
+    def __init__(self, graph: Graph, kept: np.ndarray, moving: Numbers = frozenset()) -> None:
         super().__init__()
         self.kept = kept
+        self.moving = moving
+        self.numbers: set[BoundCall] = set()  # calls with a number that differs
         self.stack: list[str] = [""]
         self.counters: list[Counter[str]] = [Counter()]
         self.found: Found = defaultdict(dict)
@@ -60,9 +65,11 @@ class _Fitting(TorchFunctionMode):
             self.found[path][name, index] = earlier
             return call_with(func, args, kwargs, earlier.changes)
         call = waiting.pop(0) if len(waiting) > 1 else waiting[0]
-        wrong = changes(call, self.kept, args, kwargs)
+        wrong = () if call in self.moving else changes(call, self.kept, args, kwargs)
         if not wrong:
             return func(*args, **kwargs)
+        if name in SCALARS:
+            self.numbers.add(call)
         self.found[path][name, index] = Patch(path, index, name, tuple((tuple(p), v) for p, v in wrong))
         for at, value in wrong:
             self._note(path, call, at, value)
@@ -123,6 +130,9 @@ def fit(graph: Graph, kept: np.ndarray, small: nn.Module, surgery: Surgery) -> S
         if isinstance(vars(module).get("forward"), SizedForward):
             del module.__dict__["forward"]
     first, named = _first(graph, kept, small)
+    moving = _moving(graph, kept) if first.numbers else frozenset()
+    if moving:
+        first = _attempt(graph, kept, small, moving)
     surgery = replace(surgery, attributes=surgery.attributes + named)
     if not first.found:
         return surgery
@@ -132,14 +142,14 @@ def fit(graph: Graph, kept: np.ndarray, small: nn.Module, surgery: Surgery) -> S
     old = [(path, name, getattr(small.get_submodule(path), name)) for path, name, _ in tried]
     for path, name, value in tried:
         setattr(small.get_submodule(path), name, value)
-    second = _attempt(graph, kept, small, strict=False)
+    second = _attempt(graph, kept, small, moving, strict=False)
     bad = {path for path, _, _ in tried if second is None or not _better(second.found, first.found, path)}
     for path, name, value in old:
         if path in bad:
             setattr(small.get_submodule(path), name, value)
     good = tuple(row for row in tried if row[0] not in bad)
     surgery = replace(surgery, attributes=surgery.attributes + good)
-    last = _attempt(graph, kept, small) if bad or second is None else second
+    last = _attempt(graph, kept, small, moving) if bad or second is None else second
     return _patched(small, surgery, last.found)
 
 
@@ -198,8 +208,19 @@ def _better(new: Found, old: Found, path: str) -> bool:
     return len(new.get(path, {})) < len(old[path]) and new.get(path, {}).keys() <= old[path].keys()
 
 
-def _attempt(graph: Graph, kept: np.ndarray, small: nn.Module, strict: bool = True) -> Any:
-    mode = _Fitting(graph, kept)
+def _moving(graph: Graph, kept: np.ndarray) -> Numbers:
+    """Calls with a number that depends on the data: it differs on the masked model, whose sizes are dense."""
+    mode = _Fitting(graph, np.ones_like(kept))
+    mode.earlier = {}  # in place on this model
+    with zeroed(graph, kept):
+        mode.run(graph.model, graph)
+    return mode.numbers
+
+
+def _attempt(
+    graph: Graph, kept: np.ndarray, small: nn.Module, moving: Numbers = frozenset(), strict: bool = True
+) -> Any:
+    mode = _Fitting(graph, kept, moving)
     try:
         mode.run(small, graph)
     except Exception as error:

@@ -65,13 +65,18 @@ def mask_(graph: Graph, plan: Plan) -> nn.Module:
             (name, None, ~keep.to(tensors[name].device)) for name, keep in masks(graph, plan).items()
         ]
     else:
-        places = [
-            (name, axis, torch.from_numpy(positions).to(tensors[name].device))
-            for name, parts in dead_slices(graph, plan.kept(graph)).items()
-            for axis, positions in parts
-        ]
+        places = _dead_places(graph, plan.kept(graph))
     _zero(graph.model, places)
     return graph.model
+
+
+def _dead_places(graph: Graph, kept: np.ndarray) -> list[Place]:
+    tensors = tensors_of(graph.model)
+    return [
+        (name, axis, torch.from_numpy(positions).to(tensors[name].device))
+        for name, parts in dead_slices(graph, kept).items()
+        for axis, positions in parts
+    ]
 
 
 def unmask_(graph: Graph) -> nn.Module:
@@ -127,6 +132,16 @@ def unmasked(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         if places:
             _zero(model, places)
+
+
+@contextlib.contextmanager
+def zeroed(graph: Graph, kept: np.ndarray) -> Iterator[nn.Module]:
+    """The model with the dropped units zeroed for the length of a ``with`` block; no mask may be in place."""
+    try:
+        _zero(graph.model, _dead_places(graph, kept))
+        yield graph.model
+    finally:
+        _give_back(graph.model)
 
 
 @contextlib.contextmanager

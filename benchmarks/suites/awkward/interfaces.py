@@ -278,10 +278,13 @@ class SubclassedSequential(nn.Module):
         return self.head(F.relu(self.c(torch.cat([y, seen[0]], 1))))
 
 
-@torch.jit.script
-def scripted_gate(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-    """A scripted function inside an eager model."""
+def _gate(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     return x * torch.sigmoid(g) + x.mean() * 0
+
+
+with warnings.catch_warnings():  # deprecated, and still in models people have
+    warnings.simplefilter("ignore", FutureWarning)
+    scripted_gate = torch.jit.script(_gate)
 
 
 @awkward(image())

@@ -109,26 +109,16 @@ def _derived(call: BoundCall, kept: np.ndarray, args: tuple[Any, ...], slots: li
 
 
 def _scalar(call: BoundCall, kept: np.ndarray, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Changes:
-    """A number computed from a size that was cut (sqrt(C), 1/C) keeps the value it had in the dense model.
+    """A number computed from a size that was cut (sqrt(C), 1 / C) keeps the value it had in the dense model.
 
-    Numbers that differ for any other reason (data-dependent ones) are left alone: the quotient must be a power
-    1, 1/2, -1/2 or -1 of a kept fraction of the call's own units.
+    What differs here may also depend on the data: ``fit`` asks the masked model, which has the dense sizes.
     """
     out: Changes = []
     for k, dense in enumerate(call.args):
         now = args[k] if k < len(args) else None
-        if type(dense) not in (int, float) or type(now) not in (int, float) or dense == now or not dense or not now:
-            continue
-        powers = [f**p for f in _fractions(call, kept) for p in (1, 0.5, 0.25, -0.25, -0.5, -1)]
-        if any(abs(now / dense / power - 1) < 1e-6 for power in powers):
+        if type(dense) in (int, float) and type(now) in (int, float) and abs(now - dense) > 1e-6 * abs(dense):
             out.append(((0, k), dense))
     return out
-
-
-def _fractions(call: BoundCall, kept: np.ndarray) -> set[float]:
-    """Kept fractions of the axes with units among the call's tensors."""
-    own = {float(kept[ids].mean()) for axes in (*call.inputs, *call.results) for ids in axes if ids is not None}
-    return {f for f in own if 0 < f < 1}
 
 
 def _dim(args: tuple[Any, ...], kwargs: dict[str, Any], rank: int) -> int:
@@ -280,9 +270,9 @@ def _group_norm(call: BoundCall, kept: np.ndarray, args: tuple[Any, ...], kwargs
 
 def _attention(call: BoundCall, kept: np.ndarray, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Changes:
     ids, dense = call.inputs[0][-1], call.shapes[0][-1]
-    if kwargs.get("scale") is None and size(ids, kept, dense) != dense:
-        return [((1, "scale"), dense**-0.5)]  # the scale of the dense model keeps its meaning
-    return []
+    now = kwargs.get("scale") or size(ids, kept, dense) ** -0.5
+    want = call.kwargs.get("scale") or dense**-0.5  # the scale of the dense model keeps its meaning
+    return [((1, "scale"), want)] if abs(now - want) > 1e-6 * want else []
 
 
 def _convolution(call: BoundCall, kept: np.ndarray, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Changes:

@@ -111,6 +111,7 @@ def group(model: nn.Module, args: Any, kwargs: Any, recording: Recording, begin:
             *_unitless(flow, built.groups),
             *(f"{name} was not used on the example inputs: what feeds it is unknown" for name in idle),
         ),
+        caches=tuple(recording.caches),
         unmaskable=frozenset(flow.unmaskable),
     )
     return replace(graph, fingerprint=fingerprint(graph, recording), seconds=time.perf_counter() - begin)
