@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from secateur.attention import swap
+from secateur.graph.trace import plain_dicts
 from secateur.graph.verify import check_compact
 from secateur.mask import masked, tensors_of, unmasked
 from secateur.patch import Patch, install, installed
@@ -26,7 +27,8 @@ class Surgery:
     """Everything that turns a dense model's structure into the small one's, as data.
 
     ``shapes``: new shape of each changed tensor; ``attributes``: (module, attribute, value); ``patches``: size
-    patches; ``swaps``: attention modules with free sizes.  ``slices`` (kept positions per tensor axis) is known in
+    patches; ``swaps``: attention modules with free sizes; ``caches``: (module, attribute) of plain dicts that a run
+    fills, and that start empty.  ``slices`` (kept positions per tensor axis) is known in
     the process that made the cut and is not saved.
     """
 
@@ -34,6 +36,7 @@ class Surgery:
     attributes: tuple[tuple[str, str, Any], ...] = ()
     patches: tuple[Patch, ...] = ()
     swaps: tuple[tuple[str, str], ...] = ()
+    caches: tuple[tuple[str, str], ...] = ()
     slices: dict[str, tuple[tuple[int, np.ndarray], ...]] = field(default_factory=dict, compare=False, repr=False)
 
     def to_json(self) -> str:
@@ -48,6 +51,7 @@ class Surgery:
                     [p.module, p.index, p.name, [[list(path), v] for path, v in p.changes]] for p in self.patches
                 ],
                 "swaps": [list(s) for s in self.swaps],
+                "caches": [list(c) for c in self.caches],
             }
         )
 
@@ -65,9 +69,10 @@ class Surgery:
                 for m, i, n, rows in data["patches"]
             )
             swaps = tuple((str(p), str(v)) for p, v in data["swaps"])
+            caches = tuple((str(p), str(v)) for p, v in data["caches"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"the surgery of this file is not one written by secateur ({error!r}).") from error
-        return Surgery(shapes, attributes, patches, swaps)
+        return Surgery(shapes, attributes, patches, swaps, caches)
 
 
 def compact(graph: Graph, plan: Plan, *, verify: bool = True) -> nn.Module:
@@ -108,10 +113,12 @@ def _cut(graph: Graph, kept: np.ndarray) -> nn.Module:
         (path, name, value) for path, name, value in library_attributes(graph, kept, shapes) if path not in swapped
     )
     small = copy_model(graph.model, tensors)
-    for path, name in graph.caches:  # filled by a run of the dense model: of dense size
-        getattr(small.get_submodule(path), name).clear()
     surgery = Surgery(
-        tuple(sorted(shapes.items())), attributes, (), tuple((p, json.dumps(a)) for p, a in swaps), slices
+        shapes=tuple(sorted(shapes.items())),
+        attributes=attributes,
+        swaps=tuple((p, json.dumps(a)) for p, a in swaps),
+        caches=graph.caches,
+        slices=slices,
     )
     _restructure(small, surgery)
     from secateur.fit import fit
@@ -129,7 +136,13 @@ def _after(before: Any, surgery: Surgery, small: nn.Module) -> Surgery:
     rows = {(path, name): value for path, name, value in (*before.attributes, *surgery.attributes)}
     attributes = tuple((path, name, value) for (path, name), value in rows.items())
     swaps = {**dict(before.swaps), **dict(surgery.swaps)}
-    return Surgery(tuple(sorted(shapes.items())), attributes, installed(small), tuple(swaps.items()), surgery.slices)
+    return replace(
+        surgery,
+        shapes=tuple(sorted(shapes.items())),
+        attributes=attributes,
+        patches=installed(small),
+        swaps=tuple(swaps.items()),
+    )
 
 
 def _slice(
@@ -226,6 +239,11 @@ def _restructure(model: nn.Module, surgery: Surgery) -> None:
         if not isinstance(modules.get(path), nn.MultiheadAttention):
             raise CheckpointError(f"the surgery fits attention {path!r}, which this model does not have.")
         swap(model, path, json.loads(attributes))
+    for path, name in surgery.caches:  # filled by a run of the dense model: of dense size
+        held = dict(plain_dicts(modules[path])).get(name) if path in modules else None
+        if held is None:
+            raise CheckpointError(f"the surgery empties the cache {path}.{name}, which this model does not have.")
+        held.clear()
     missing = {p.module for p in surgery.patches} - set(modules)
     if missing:
         raise CheckpointError(f"the surgery patches {sorted(missing)[0]!r}, which this model does not have.")

@@ -22,9 +22,10 @@ from secateur.compact import Surgery
 from secateur.graph.calls import CALLS, SCALARS, SHAPES, SLICES, SPLITS, BoundCall, counted_as
 from secateur.graph.expected import changes, fetch
 from secateur.graph.trace import culprit, eval_mode, quiet_backends
+from secateur.graph.verify import refused
 from secateur.mask import zeroed
 from secateur.patch import Patch, SizedForward, call_with, install, installed
-from secateur.types import Graph, VerificationError
+from secateur.types import Graph
 
 Found = dict[str, dict[tuple[str, int], Patch]]
 Numbers = Set[BoundCall]
@@ -226,10 +227,7 @@ def _attempt(
     except Exception as error:
         if not strict:
             return None
-        raise VerificationError(
-            f"the forward of {culprit(error, small) or type(small).__name__!r} cannot run with the new widths "
-            f"({type(error).__name__}: {error}); freeze its groups in sc.allocate(..., freeze=[...])."
-        ) from error
+        raise refused(small, error) from error
     return mode
 
 

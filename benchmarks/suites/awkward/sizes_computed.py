@@ -180,3 +180,42 @@ class KeptShapeAcrossCalls(nn.Module):
 
     def forward(self, x):
         return self.up(F.relu(self.fc2(F.relu(self.encode(x)))).view(self.shape))
+
+
+class FilledCache(nn.Module):
+    """A table of the width kept in a plain dict from the first call on."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.tables = nn.Linear(16, 12), nn.Linear(12, 4), {}
+
+    def forward(self, x):
+        h = torch.relu(self.a(x))
+        key = str(h.device)
+        if key not in self.tables:
+            self.tables[key] = 1 + torch.zeros(h.shape[-1])
+        return self.b(h * self.tables[key])
+
+
+@awkward(vector(), cut=None)
+def CacheFilledBefore():
+    model = FilledCache()
+    model(torch.randn(2, 16))
+    return model
+
+
+@awkward(vector())
+class WidthLimit(nn.Module):
+    """Refuses one width of two, in a function of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(16, 24), nn.Linear(24, 32), nn.Linear(32, 4)
+
+    def check(self, x):
+        if x.shape[1] not in (32, 64):
+            raise RuntimeError("this width has no kernel")
+        return x
+
+    def forward(self, x):
+        return self.c(self.check(torch.relu(self.b(torch.relu(self.a(x))))))

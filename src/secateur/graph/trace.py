@@ -245,6 +245,29 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def state_kept(model: nn.Module, filled: list[tuple[str, str]] | None = None) -> Iterator[None]:
+    """Give buffers and plain dicts (caches) back what they held; ``filled`` collects the dicts that a run filled."""
+    buffers = [(m, n, b, b.detach().clone()) for m in model.modules() for n, b in m._buffers.items() if b is not None]
+    dicts = {(path, name): dict(x) for path, m in model.named_modules() for name, x in plain_dicts(m)}
+    try:
+        yield
+    finally:
+        for module, name, tensor, value in buffers:
+            if tensor.shape == value.shape and not torch.equal(tensor, value):
+                tensor.data.copy_(value)
+            now = module._buffers.get(name)
+            if now is not None and now is not tensor and now.shape == tensor.shape:
+                module._buffers[name] = tensor
+        for (path, name), before in dicts.items():
+            held = getattr(model.get_submodule(path), name, None)
+            if isinstance(held, dict) and held.keys() != before.keys():
+                if filled is not None:
+                    filled.append((path, name))
+                held.clear()
+                held.update(before)
+
+
+@contextlib.contextmanager
 def quiet_backends() -> Iterator[None]:
     """Attention in its maths form, the fused encoder fast path off."""
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -277,9 +300,44 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
     A model that builds tensors for later calls on its first run (relative positions, rotary tables) is run a second
     time, so that what is recorded is what every later call does.  Raises ``TraceError`` when the model fails.
     """
-    lazy = _attributes(model)
-    recording = _record(model, args, kwargs)
-    return recording if _attributes(model) == lazy else _record(model, args, kwargs)
+    with _caches_empty(model, args, kwargs):
+        lazy = _attributes(model)
+        recording = _record(model, args, kwargs)
+        return recording if _attributes(model) == lazy else _record(model, args, kwargs)
+
+
+@contextlib.contextmanager
+def _caches_empty(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+    """Without the plain dicts of tensors that earlier runs filled: those that a run fills again when empty."""
+    held = [
+        (x, dict(x))
+        for module in model.modules()
+        for _, x in plain_dicts(module)
+        if any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves(x))
+    ]
+    if not held:
+        yield
+        return
+    state = torch.random.get_rng_state()
+    try:
+        for now, _ in held:
+            now.clear()
+        with eval_mode(model), torch.no_grad():
+            model(*args, **kwargs)
+        again = all(now.keys() == before.keys() for now, before in held)
+    except Exception:  # a table that the forward only reads
+        again = False
+    torch.random.set_rng_state(state)
+    try:
+        for now, before in held:
+            now.clear()
+            if not again:
+                now.update(before)
+        yield
+    finally:
+        for now, before in held:
+            now.clear()
+            now.update(before)
 
 
 def _attributes(model: nn.Module) -> list[tuple[int, str, int]]:
@@ -296,17 +354,16 @@ def _record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     for tensor in pytree.tree_leaves((args, kwargs)):
         if isinstance(tensor, torch.Tensor) and recorder.known(tensor) is None:
             recorder.value(tensor, origin="input")
-    buffers = [(m, n, b, b.detach().clone()) for m in model.modules() for n, b in m._buffers.items() if b is not None]
-    dicts = {(path, name): dict(x) for path, m in model.named_modules() for name, x in _plain_dicts(m)}
     state = torch.random.get_rng_state()
     try:
-        quiet = eval_mode(model), torch.no_grad(), quiet_backends()
-        with quiet[0], quiet[1], quiet[2], module_stack(model, recorder), recorder, _Calls(recorder):
-            out = model(*args, **kwargs)
-        recorder.rec.outputs = [i for i in map(recorder.known, tensors_in(out)) if i is not None]
-        recorder.rec.eval_ops = len(recorder.rec.ops)
-        if unused(recorder.rec):
-            _record_training(model, recorder, args, kwargs)
+        with state_kept(model, recorder.rec.caches):
+            modes = eval_mode(model), torch.no_grad(), quiet_backends()
+            with modes[0], modes[1], modes[2], module_stack(model, recorder), recorder, _Calls(recorder):
+                out = model(*args, **kwargs)
+            recorder.rec.outputs = [i for i in map(recorder.known, tensors_in(out)) if i is not None]
+            recorder.rec.eval_ops = len(recorder.rec.ops)
+            if unused(recorder.rec):
+                _record_training(model, recorder, args, kwargs)
     except Exception as error:
         raise TraceError(
             f"the model failed on the example inputs in module {culprit(error, model) or type(model).__name__!r}: "
@@ -317,18 +374,6 @@ def _record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         for mark in recorder.marked:
             if (tensor := mark()) is not None:
                 tensor.__dict__.pop(TAG, None)
-        for module, name, tensor, value in buffers:
-            if tensor.shape == value.shape and not torch.equal(tensor, value):
-                tensor.data.copy_(value)
-            now = module._buffers.get(name)
-            if now is not None and now is not tensor and now.shape == tensor.shape:
-                module._buffers[name] = tensor
-        for (path, name), before in dicts.items():
-            now = getattr(model.get_submodule(path), name, None)
-            if isinstance(now, dict) and now.keys() != before.keys():
-                recorder.rec.caches.append((path, name))
-                now.clear()
-                now.update(before)
     return recorder.rec
 
 
@@ -358,7 +403,7 @@ def _record_training(model: nn.Module, recorder: _Recorder, args: tuple[Any, ...
             module.training = mode
 
 
-def _plain_dicts(module: nn.Module) -> list[tuple[str, dict[Any, Any]]]:
+def plain_dicts(module: nn.Module) -> list[tuple[str, dict[Any, Any]]]:
     """Dicts that a module's own code put on it (caches by device, say)."""
     return [(n, x) for n, x in vars(module).items() if type(x) is dict and n not in _MODULE_DICTS]
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from secateur.graph.trace import eval_mode, quiet_backends, tensors_in
+from secateur.graph.trace import culprit, eval_mode, quiet_backends, state_kept, tensors_in
 from secateur.types import Check, Graph, Group, Plan, Proof, VerificationError
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -22,7 +22,7 @@ SMALL = 8  # units
 def outputs(model: nn.Module, graph: Graph) -> list[torch.Tensor]:
     """Run the example inputs in eval mode without gradients; return all floating-point outputs."""
     state = torch.random.get_rng_state()
-    with eval_mode(model), torch.no_grad(), quiet_backends():
+    with state_kept(model), eval_mode(model), torch.no_grad(), quiet_backends():
         out = model(*graph.args, **graph.kwargs)
     torch.random.set_rng_state(state)
     return [t.detach() for t in tensors_in(out) if t.is_floating_point()]
@@ -218,7 +218,11 @@ def check_compact(graph: Graph, plan: Plan, small: nn.Module) -> Check:
     same shapes is asked for.  Raises ``VerificationError`` naming the groups.
     """
     cut = [graph.group(name) for name, _, _ in plan.keep]
-    wide, narrow = outputs(graph.model, graph), outputs(small, graph)
+    wide = outputs(graph.model, graph)
+    try:
+        narrow = outputs(small, graph)
+    except Exception as error:
+        raise refused(small, error) from error
     error, limit = distance(wide, narrow), tolerance(graph.model)
     names = ", ".join(g.name for g in cut[:4]) + (" ..." if len(cut) > 4 else "")
     if [t.shape for t in wide] != [t.shape for t in narrow] and all(g.exact for g in cut):
@@ -229,3 +233,11 @@ def check_compact(graph: Graph, plan: Plan, small: nn.Module) -> Check:
             "freeze the group that is wrong (sc.verify(graph) shows one row per group) and report the model."
         )
     return Check(names, "compact", error, limit, True)
+
+
+def refused(small: nn.Module, error: Exception) -> VerificationError:
+    """What to tell when the forward of a small model fails."""
+    return VerificationError(
+        f"the forward of {culprit(error, small) or type(small).__name__!r} cannot run with the new widths "
+        f"({type(error).__name__}: {error}); freeze its groups in sc.allocate(..., freeze=[...])."
+    )
