@@ -24,6 +24,7 @@ LAYERS = [
 PARTS = {  # files that carry a part of one of the names above, or stand apart from their folder
     "graph.verify": "verify",  # masks and compacts to prove
     "measure.counts": "counts",  # arithmetic on a graph: what an allocation optimises
+    "trial": "verify",
     "allocation": "allocate",
     "widths": "allocate",
     "attention": "compact",
@@ -49,6 +50,7 @@ PARTS = {  # files that carry a part of one of the names above, or stand apart f
 }
 LATE = {  # imports inside a function that look up on purpose: (from, to): why
     ("types", "graph"): "print(graph) asks for its table",
+    ("graph", "verify"): "the trace of a model of unknown code ends with a trial cut",
     ("checkpoint", "models"): "a file names a model; whoever loads it pays for the builders",
 }
 

@@ -6,6 +6,7 @@ Between a product with ``a`` (n units out) and one with ``c`` (units in) stands 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -223,6 +224,10 @@ def test_the_proof_catches_a_wrong_rule(monkeypatch: pytest.MonkeyPatch) -> None
         flow.set(flow.of(op.args[0]))
 
     monkeypatch.setitem(RULES, "aten::flip", forgets)
+    (group,) = (g for g in between("rows", 4, lambda h: h.flip(1))[2].groups if g.name == "a")
+    assert group.frozen is not None
+    assert re.match(r"in a trial cut masked and compact differ by .* after cutting a", group.frozen)
+    monkeypatch.setattr("secateur.trial.foreign", lambda model: False)
     text, _, graph = between("rows", 4, lambda h: h.flip(1))
     assert text == "abcd abcd"
     (row,) = sc.verify(graph).rows

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from secateur.attention import swap
-from secateur.graph.trace import plain_dicts
+from secateur.graph.state import plain_dicts
 from secateur.graph.verify import check_compact
 from secateur.mask import masked, tensors_of, unmasked
 from secateur.patch import Patch, install, installed

@@ -21,7 +21,8 @@ from torch.overrides import TorchFunctionMode
 from secateur.compact import Surgery
 from secateur.graph.calls import CALLS, SCALARS, SHAPES, SLICES, SPLITS, BoundCall, counted_as
 from secateur.graph.expected import changes, fetch
-from secateur.graph.trace import culprit, eval_mode, quiet_backends
+from secateur.graph.state import eval_mode, quiet_backends
+from secateur.graph.trace import culprit
 from secateur.graph.verify import refused
 from secateur.mask import zeroed
 from secateur.patch import Patch, SizedForward, call_with, install, installed

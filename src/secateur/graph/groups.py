@@ -18,7 +18,6 @@ from secateur.graph.members import build_groups
 from secateur.graph.rules import apply_rule
 from secateur.graph.rules.point import pointwise
 from secateur.graph.trace import Recording, Ref, inputs_of, record, unused
-from secateur.graph.trial import foreign, settle
 from secateur.types import Cost, Graph, Group, TraceError
 
 
@@ -115,6 +114,8 @@ def group(model: nn.Module, args: Any, kwargs: Any, recording: Recording, begin:
         caches=tuple(recording.caches),
         unmaskable=frozenset(flow.unmaskable),
     )
+    from secateur.trial import foreign, settle
+
     if foreign(model):
         graph = settle(graph)
     return replace(graph, fingerprint=fingerprint(graph, recording), seconds=time.perf_counter() - begin)

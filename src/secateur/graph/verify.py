@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from secateur.graph.trace import culprit, eval_mode, quiet_backends, state_kept, tensors_in
+from secateur.graph.state import eval_mode, quiet_backends, state_kept
+from secateur.graph.trace import culprit, tensors_in
 from secateur.types import Check, Graph, Group, Plan, Proof, VerificationError
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from secateur.graph.trace import eval_mode
+from secateur.graph.state import eval_mode
 from secateur.types import MeasureError, Measurement
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from secateur.graph.trace import eval_mode
+from secateur.graph.state import eval_mode
 from secateur.types import MeasureError, Measurement
 
 SAMPLE_SECONDS = 0.004  # one sample times as many calls as fill this, so that the clock's grain does not matter

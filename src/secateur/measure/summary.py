@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from secateur.graph.trace import eval_mode
+from secateur.graph.state import eval_mode
 
 
 @dataclass(frozen=True)

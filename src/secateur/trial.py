@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from secateur.compact import compact
 from secateur.types import Graph, Group, Plan, SecateurError
 
 TRIED = frozenset(["torch", "torchvision", "timm", "transformers"])  # the census cuts their models
@@ -54,8 +55,6 @@ def _search(graph: Graph, groups: list[Group]) -> dict[str, str]:
 
 def _refusal(graph: Graph, groups: list[Group]) -> str | None:
     """The reason why the model cannot lose half of the units of ``groups``, if it cannot."""
-    from secateur.compact import compact
-
     rows = []
     for item in groups:
         half = item.units // 16 * 8 if item.units >= 16 else item.units // 2
