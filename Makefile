@@ -1,7 +1,7 @@
 .PHONY: check lint format slow lowest census bench fuzz
 
 RESULTS := docs/results
-BENCHES := $(filter-out census fuzz suites __init__,$(basename $(notdir $(wildcard benchmarks/*.py))))
+BENCHES := $(filter-out census fuzz mutate __init__,$(basename $(notdir $(wildcard benchmarks/*.py))))
 
 check:  ## what CI runs
 	.ci/run

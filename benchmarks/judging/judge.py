@@ -79,7 +79,7 @@ def _judge(trial: Trial, folder: Path | None) -> None:
         before = _digests(model)
     with trial.at("trace"):
         modes = [m.training for m in model.modules()]
-        graph = sc.trace(model, _example(model, args, kwargs))
+        graph = sc.trace(model, example(model, args, kwargs))
         trial.check(modes == [m.training for m in model.modules()], "trace changed the modes")
     row.update(groups=len(graph.groups), operators=graph.operators)
     used = set(graded) if graded else {n for n, _ in model.named_parameters()}
@@ -144,7 +144,8 @@ def _digests(model: nn.Module) -> dict[str, int]:
     }
 
 
-def _example(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def example(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return args and kwargs as what ``sc.trace`` takes."""
     if not kwargs:
         return args
     if not args:
@@ -253,7 +254,7 @@ def _uneven(trial: Trial, graph: Any, prunable: list[Any], exact: list[Any]) -> 
 
 def _again(trial: Trial, small: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Cut the small model once more, as iterative pruning does."""
-    graph = sc.trace(small, _example(small, args, kwargs))
+    graph = sc.trace(small, example(small, args, kwargs))
     groups = [g for g in graph.groups if g.prunable]
     if not groups:
         return

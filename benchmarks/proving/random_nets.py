@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from random_blocks import IMAGE_BLOCKS, Block, Rng
-from random_tokens import TOKEN_BLOCKS
+from benchmarks.proving.random_blocks import IMAGE_BLOCKS, Block, Rng
+from benchmarks.proving.random_tokens import TOKEN_BLOCKS
 
 BATCH = 2
 

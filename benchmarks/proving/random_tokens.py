@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from random_blocks import WIDTHS, Block, Rng, weight
+from benchmarks.proving.random_blocks import WIDTHS, Block, Rng, weight
 
 
 def mlp(rng: Rng, c: int, t: int) -> Block:
