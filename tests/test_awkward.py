@@ -110,8 +110,7 @@ def test_the_judge_notices(damage, tmp_path, monkeypatch):
     def broken_trace(model, inputs):
         graph = trace(model, inputs)
         if damage == "reason":
-            for name in ("c.weight", "b.weight"):
-                graph.axes[name] = (None,) * 4
+            graph = replace(graph, groups=tuple(replace(g, frozen="") for g in graph.groups))
         return graph
 
     monkeypatch.setattr("benchmarks.judging.judge.sc", _Stand(broken_compact, broken_trace, broken_verify))
