@@ -9,7 +9,7 @@ its calls then come out right the attributes stay, otherwise they are restored a
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from secateur.compact import Surgery
 from secateur.graph.calls import CALLS, SCALARS, SHAPES, SLICES, SPLITS, BoundCall, counted_as
@@ -42,6 +43,7 @@ class _Fitting(TorchFunctionMode):
         self.numbers: set[BoundCall] = set()  # calls with a number that differs
         self.stack: list[str] = [""]
         self.counters: list[Counter[str]] = [Counter()]
+        self.skipped: list[Counter[str]] = [Counter()]
         self.found: Found = defaultdict(dict)
         self.dense: dict[str, dict[int, int]] = defaultdict(dict)
         self.queue: dict[tuple[str, str, int], list[BoundCall]] = defaultdict(list)
@@ -59,7 +61,10 @@ class _Fitting(TorchFunctionMode):
         path, index = self.stack[-1], self.counters[-1][name]
         for seen in self.counters:
             seen[name] += 1
-        waiting = self.queue.get((path, name, index))
+        waiting = self.queue.get((path, name, index - self.skipped[-1][name]))
+        if waiting and not _alike(waiting[0], args, kwargs):  # a branch that the dense sizes do not take
+            self.skipped[-1][name] += 1
+            return func(*args, **kwargs)
         if not waiting:  # no units here (any more): what an earlier cut put right stays so
             earlier = self.earlier.get((path, name, index))
             if earlier is None:
@@ -101,11 +106,13 @@ class _Fitting(TorchFunctionMode):
         def enter(module: nn.Module, args: Any) -> None:
             self.stack.append(paths[id(module)])
             self.counters.append(Counter())
+            self.skipped.append(Counter())
 
         def leave(module: nn.Module, args: Any, out: Any) -> None:
             if len(self.stack) > 1:
                 self.stack.pop()
                 self.counters.pop()
+                self.skipped.pop()
 
         state = torch.random.get_rng_state()
         try:
@@ -141,14 +148,10 @@ def fit(graph: Graph, kept: np.ndarray, small: nn.Module, surgery: Surgery) -> S
     tried = _attributes(small, first)
     if not tried:
         return _patched(small, surgery, first.found)
-    old = [(path, name, getattr(small.get_submodule(path), name)) for path, name, _ in tried]
-    for path, name, value in tried:
-        setattr(small.get_submodule(path), name, value)
+    old = _assign(small, tried)
     second = _attempt(graph, kept, small, moving, strict=False)
     bad = {path for path, _, _ in tried if second is None or not _better(second.found, first.found, path)}
-    for path, name, value in old:
-        if path in bad:
-            setattr(small.get_submodule(path), name, value)
+    _assign(small, (row for row in old if row[0] in bad))
     good = tuple(row for row in tried if row[0] not in bad)
     surgery = replace(surgery, attributes=surgery.attributes + good)
     last = _attempt(graph, kept, small, moving) if bad or second is None else second
@@ -167,42 +170,73 @@ def _suspicious(graph: Graph, kept: np.ndarray) -> bool:
     return False
 
 
+def _alike(call: BoundCall, args: Any, kwargs: Any) -> bool:
+    """Is this the recorded call: tensors of the same ranks, as many arguments?"""
+    ranks = [x.dim() for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    return ranks == [len(shape) for shape in call.shapes] and len(args) == len(call.args)
+
+
 def _first(graph: Graph, kept: np.ndarray, small: nn.Module) -> tuple[Any, tuple[tuple[str, str, Any], ...]]:
-    """First run; a module that refuses the new widths gets its attributes of dense sizes corrected."""
+    """First run; modules of a class that refuses the new widths get their attributes of dense sizes corrected."""
     named: list[tuple[str, str, Any]] = []
-    for _ in range(8):
+    rows: list[tuple[str, str, Any]] = []
+    for _ in range(32):
         mode = _Fitting(graph, kept)
         try:
             mode.run(small, graph)
             return mode, tuple(named)
         except Exception as error:
-            path = culprit(error, small)
-            more = [row for row in _owned_sizes(graph, kept, small, path) if row not in named]
+            kind = type(small.get_submodule(culprit(error, small)))
+            paths = [path for path, module in small.named_modules() if type(module) is kind]
+            more = [row for path in paths for row in _owned_sizes(graph, kept, small, path) if row not in named]
             if not more:
+                rows = [row for path in paths for row in _owned_sizes(graph, kept, small, path, sure=False)]
                 break
-            for where, name, value in more:
-                setattr(small.get_submodule(where), name, value)
+            _assign(small, more)
             named += more
+    for attribute in dict.fromkeys(name for _, name, _ in rows):
+        more = [row for row in rows if row[1] == attribute]
+        before = _assign(small, more)
+        mode = _attempt(graph, kept, small, strict=False)
+        if mode is not None:
+            return mode, (*named, *more)
+        _assign(small, before)
     return _attempt(graph, kept, small), tuple(named)
 
 
-def _owned_sizes(graph: Graph, kept: np.ndarray, small: nn.Module, path: str) -> list[tuple[str, str, Any]]:
-    """Attributes of the module at ``path`` that equal a size which every tensor inside it cuts alike."""
-    new: dict[int, set[int]] = defaultdict(set)
+def _assign(model: nn.Module, rows: Iterable[tuple[str, str, Any]]) -> list[tuple[str, str, Any]]:
+    """Set attributes; return the rows that undo it."""
+    before = []
+    for path, name, value in rows:
+        module = model.get_submodule(path)
+        before.append((path, name, getattr(module, name)))
+        setattr(module, name, value)
+    return before
+
+
+def _owned_sizes(
+    graph: Graph, kept: np.ndarray, small: nn.Module, path: str, sure: bool = True
+) -> list[tuple[str, str, Any]]:
+    """Attributes of the module at ``path`` that equal a size which every tensor inside it cuts alike.
+
+    When not ``sure``: the new size that most tensors have.
+    """
+    new: dict[int, Counter[int]] = defaultdict(Counter)
     for name, axes in graph.axes.items():
         if name.startswith(f"{path}." if path else ""):
             for ids in axes:
                 if ids is not None:
-                    new[len(ids)].add(int(kept[ids].sum()))
+                    new[len(ids)][int(kept[ids].sum())] += 1
     for item in graph.groups:
-        if any(m.tensor.startswith(f"{path}." if path else "") for m in item.members):
-            new[item.units].add(int(kept[item.offset : item.offset + item.units].sum()))
-    try:
-        module = small.get_submodule(path)
-    except AttributeError:
-        return []
-    sizes = {old: next(iter(values)) for old, values in new.items() if len(values) == 1 and values != {old}}
-    return [(path, name, sizes[v]) for name, v in vars(module).items() if type(v) is int and v in sizes]
+        own = sum(m.tensor.startswith(f"{path}." if path else "") for m in item.members)
+        new[item.units][int(kept[item.offset : item.offset + item.units].sum())] += own
+    sizes = {}
+    for old, found in new.items():
+        changed = [n for n, times in found.most_common() if times and n != old]
+        if changed and (len(+found) == 1 or not sure):
+            sizes[old] = changed[0]
+    held = vars(small.get_submodule(path))
+    return [(path, name, sizes[v]) for name, v in held.items() if type(v) is int and v in sizes]
 
 
 def _better(new: Found, old: Found, path: str) -> bool:
