@@ -126,6 +126,8 @@ def bind(flow: Flow, unit_of: np.ndarray) -> tuple[BoundCall, ...]:
 
 
 def _suspect(args: tuple[Any, ...], lengths: Collection[int]) -> bool:
-    """Could a number come from the length n of an axis: n, sqrt(n), fourth root, or one over these?"""
+    """Could a number come from the length n of an axis: n, n // k, their roots, or one over these?"""
     roots = [x**power for x in args if type(x) in (int, float) and x > 0 for power in (1, -1, 2, -2, 4, -4)]
-    return any(1 < n < 1e7 and abs(n - round(n)) < 1e-4 and round(n) in lengths for n in roots)
+    whole = {round(n) for n in roots if 1 < n < 1e7 and abs(n - round(n)) < 1e-4}
+    return any(n in lengths or (n > 4 and any(length // (length // n) == n for length in lengths if length > n))
+               for n in whole)  # fmt: skip

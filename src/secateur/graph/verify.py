@@ -129,12 +129,8 @@ def _in_double(graph: Graph) -> _Wide:
     changing the last digit of every weight, and the bound is a hundred times that.
     """
 
-    def widen(x: Any) -> Any:
-        return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-
-    model = copy.deepcopy(graph.model).double()
-    args, kwargs = pytree.tree_map(widen, (graph.args, graph.kwargs))
-    double = replace(graph, model=model, args=args, kwargs=kwargs)
+    double = _widened(graph)
+    model = double.model
     _fit_norms(double)
     base = outputs(model, double)
     other = replace(double, model=copy.deepcopy(model))
@@ -258,24 +254,40 @@ def check_compact(graph: Graph, plan: Plan, small: nn.Module) -> Check:
     """Compare the (already masked) dense model with the small one on the example inputs.
 
     When an inexact group is cut the two are different functions by definition: then only a finite output of the
-    same shapes is asked for.  Raises ``VerificationError`` naming the groups.
+    same shapes is asked for.  What differs in float32 is compared in float64 before it counts: near ties decide
+    which boxes a detector keeps, and deep untrained models amplify rounding.  Raises ``VerificationError`` naming
+    the groups.
     """
     cut = [graph.group(name) for name, _, _ in plan.keep]
+    names = ", ".join(g.name for g in cut[:4]) + (" ..." if len(cut) > 4 else "")
     wide = outputs(graph.model, graph)
     try:
         narrow = outputs(small, graph)
     except Exception as error:
         raise refused(small, error) from error
     error, limit = distance(wide, narrow), tolerance(graph.model)
-    names = ", ".join(g.name for g in cut[:4]) + (" ..." if len(cut) > 4 else "")
-    if [t.shape for t in wide] != [t.shape for t in narrow] and all(g.exact for g in cut):
-        raise VerificationError(f"masked and compact outputs differ in shape after cutting {names}.")
-    if all(g.exact for g in cut) and error > 10 * limit:
-        raise VerificationError(
-            f"masked and compact differ by {error:.1e} relative (tolerance {limit:.0e}) after cutting {names}; "
-            "freeze the group that is wrong (sc.verify(graph) shows one row per group) and report the model."
-        )
+    if error > 10 * limit and all(g.exact for g in cut):
+        first = error
+        with contextlib.suppress(Exception):  # not every model runs in float64
+            double = _widened(graph)
+            error = distance(outputs(double.model, double), outputs(copy.deepcopy(small).double(), double))
+        if error > 10 * limit:
+            what = "outputs of other shapes" if first == float("inf") else f"{first:.1e} relative"
+            raise VerificationError(
+                f"masked and compact differ by {what} (tolerance {limit:.0e}) after cutting {names}; "
+                "freeze the group that is wrong (sc.verify(graph) shows one row per group) and report the model."
+            )
     return Check(names, "compact", error, limit, True)
+
+
+def _widened(graph: Graph) -> Graph:
+    """The graph with a float64 copy of its model and inputs."""
+
+    def widen(x: Any) -> Any:
+        return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+    args, kwargs = pytree.tree_map(widen, (graph.args, graph.kwargs))
+    return replace(graph, model=copy.deepcopy(graph.model).double(), args=args, kwargs=kwargs)
 
 
 def refused(small: nn.Module, error: Exception) -> VerificationError:
