@@ -79,6 +79,9 @@ def group(model: nn.Module, args: Any, kwargs: Any, recording: Recording, begin:
     idle = [str(recording.values[index].name) for index in unused(recording)]
     for index in unused(recording):
         flow.block(flow.axes[index], f"{recording.values[index].name} was not used on the example inputs")
+    for index, value in enumerate(recording.values):
+        if 0 in value.shape and index not in alive:
+            flow.block(flow.axes[index], "an empty tensor ends here: give example inputs that fill it")
     _tie_alike(flow)
     for index in recording.outputs:
         for k, axis in enumerate(flow.axes[index]):

@@ -9,6 +9,7 @@ functionalization: a write ties the units of source and destination, and ties ar
 from __future__ import annotations
 
 import contextlib
+import inspect
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
@@ -96,7 +98,7 @@ class _Recorder(TorchDispatchMode):
         self.counters: list[Counter[str]] = [Counter()]
         self.marked: list[weakref.ref[torch.Tensor]] = []
         self.storage: dict[tuple[Any, ...], int] = {}
-        self.paused = 0
+        self.paused = False
         for name, tensor in [
             *model.named_parameters(remove_duplicate=False),
             *model.named_buffers(remove_duplicate=False),
@@ -186,6 +188,8 @@ class _Calls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        if func is F.batch_norm and not args[0].numel():
+            return self._empty_norm(*inspect.signature(func).bind(*args, **kwargs).args)
         if name not in CALLS:
             return func(*args, **kwargs)
         recorder = self.recorder
@@ -198,6 +202,19 @@ class _Calls(TorchFunctionMode):
         leaves = pytree.tree_leaves(out)
         outs = [recorder.index(x) if isinstance(x, torch.Tensor) else None for x in leaves]
         recorder.rec.calls.append(Call(name, before[0], before[1], outs, recorder.stack[-1], owners))
+        return out
+
+    def _empty_norm(self, x: Any, mean: Any, var: Any, weight: Any = None, bias: Any = None, *rest: Any) -> Any:
+        """A batch norm of nothing (a detector without boxes) never reads its statistics: record what it stands for."""
+        recorder = self.recorder
+        before = recorder.refs((x, weight, bias, mean, var, False))
+        recorder.paused = True
+        try:
+            out = F.batch_norm(x, mean, var, weight, bias, *rest)
+        finally:
+            recorder.paused = False
+        index = recorder.value(out, origin="op")
+        recorder.rec.ops.append(Op("aten::batch_norm", before, {}, [index], recorder.stack[-1]))
         return out
 
 
