@@ -376,3 +376,47 @@ class CustomFunctions(nn.Module):
 
     def forward(self, x):
         return self.fc(Swish.apply(ScaledSum.apply(Swish.apply(ScaledSum.apply(x, self.w1)), self.w2)))
+
+
+class Routed(nn.Module):
+    """Each token goes to one of eight experts; most of them see none."""
+
+    def __init__(self, d: int = 16):
+        super().__init__()
+        self.inp, self.router = nn.Linear(16, d), nn.Linear(16, 8)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(d, 24), nn.GELU(), nn.Linear(24, d)) for _ in range(8))
+        self.out = nn.Linear(d, 4)
+
+    def forward(self, x):
+        h = torch.relu(self.inp(x))
+        score, chosen = self.router(x).softmax(-1).max(-1)
+        y = h.clone()
+        for e, expert in enumerate(self.experts):
+            mine = (chosen == e).nonzero().flatten()
+            if len(mine):
+                y = y.index_add(0, mine, expert(h[mine]) * score[mine, None])
+        return self.out(y)
+
+
+@awkward(vector(), batches=(2, 400))
+def RoutedOneToken():
+    """The example (two rows) leaves most experts idle; the other batches visit all."""
+    return Routed()
+
+
+@awkward(image())
+class NothingFound(nn.Module):
+    """A second stage for the images whose score is high: the example has none, each row is then read in Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.score = stem(12), nn.Linear(12, 1)
+        self.a, self.norm, self.b = nn.Conv2d(12, 16, 1), nn.BatchNorm2d(16), nn.Conv2d(16, 10, 1)
+        self.points = nn.Conv2d(10, 5, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        score = self.score(x.mean((2, 3)))
+        found = x[score[:, 0] > 100]
+        h = torch.relu(self.b(torch.relu(self.norm(self.a(found)))))
+        return score, [row.flatten(1).argmax(1) for row in self.points(h)]

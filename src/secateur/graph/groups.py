@@ -77,16 +77,7 @@ def group(model: nn.Module, args: Any, kwargs: Any, recording: Recording, begin:
         del flow.costs[costs_of_inference:]
     flow.op = None
     idle = [str(recording.values[index].name) for index in unused(recording)]
-    for index in unused(recording):
-        flow.block(flow.axes[index], f"{recording.values[index].name} was not used on the example inputs")
-    for index, value in enumerate(recording.values):
-        if 0 in value.shape and index not in alive:
-            flow.block(flow.axes[index], "an empty tensor ends here: give example inputs that fill it")
-    _tie_alike(flow)
-    for index in recording.outputs:
-        for k, axis in enumerate(flow.axes[index]):
-            if axis is not None:
-                flow.cells.freeze(axis.ids, f"output of the model (axis {k})")
+    _freeze_ends(flow, recording)
     flow.cells.resolve()
     built = build_groups(flow, model)
     unit_of = built.unit_of
@@ -124,6 +115,21 @@ def group(model: nn.Module, args: Any, kwargs: Any, recording: Recording, begin:
     return replace(graph, fingerprint=fingerprint(graph, recording), seconds=time.perf_counter() - begin)
 
 
+def _freeze_ends(flow: Flow, recording: Recording) -> None:
+    """What leaves the model, what the example did not reach, and what must stay alike."""
+    for index in unused(recording):
+        flow.block(flow.axes[index], f"{recording.values[index].name} was not used on the example inputs")
+    led = _led_on(recording)
+    for index, value in enumerate(recording.values):
+        if 0 in value.shape and index not in led:
+            flow.block(flow.axes[index], "an empty tensor ends here: give example inputs that fill it")
+    _tie_alike(flow)
+    for index in recording.outputs:
+        for k, axis in enumerate(flow.axes[index]):
+            if axis is not None:
+                flow.cells.freeze(axis.ids, f"output of the model (axis {k})")
+
+
 def _tie_alike(flow: Flow) -> None:
     """``x.expand_as(y)`` takes y's sizes: the axes of both must be cut alike."""
     for call in flow.recording.calls:
@@ -131,6 +137,15 @@ def _tie_alike(flow: Flow) -> None:
             for a, b in zip(flow.axes[call.outs[0]], flow.axes[call.args[1].value], strict=False):
                 if a is not None or b is not None:
                     flow.tie(a, b)
+
+
+def _led_on(recording: Recording) -> set[int]:
+    """Values that an operator with results reads, or that are outputs."""
+    read = set(recording.outputs)
+    for op in recording.ops:
+        if op.outs:
+            read.update(x.value for x in pytree.tree_leaves((op.args, op.kwargs)) if isinstance(x, Ref))
+    return read
 
 
 def _matters(recording: Recording) -> list[bool]:

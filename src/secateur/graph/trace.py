@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.graph.calls import CALLS, counted_as
+from secateur.graph.siblings import companions, idle_siblings
 from secateur.graph.state import caches_empty, eval_mode, quiet_backends, state_kept
 from secateur.types import TraceError
 
@@ -299,7 +300,9 @@ def _record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             recorder.rec.outputs = [i for i in map(recorder.known, tensors_in(out)) if i is not None]
             recorder.rec.eval_ops = len(recorder.rec.ops)
             if unused(recorder.rec):
-                _record_training(model, recorder, args, kwargs)
+                _record_again(model, recorder, args, kwargs, idle_siblings(model, recorder.rec.inputs))
+            if unused(recorder.rec):
+                _record_again(model, recorder, args, kwargs)
     except Exception as error:
         raise TraceError(
             f"the model failed on the example inputs in module {culprit(error, model) or type(model).__name__!r}: "
@@ -319,22 +322,36 @@ def unused(rec: Recording) -> list[int]:
     return [i for i, v in weights if i not in rec.read and v.dtype.is_floating_point]
 
 
-def _record_training(model: nn.Module, recorder: _Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Run once more in train mode: auxiliary heads run only there, and their inputs must be cut with the rest.
+def _record_again(
+    model: nn.Module,
+    recorder: _Recorder,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    idle: dict[str, list[str]] | None = None,
+) -> None:
+    """Run once more to reach weights that did not take part, with ``idle`` experts or else in train mode.
 
-    A model that cannot train on these inputs (a batch of one) is left with what eval mode showed.
+    Auxiliary heads run in train mode only, and their inputs must be cut with the rest.  A model that cannot train
+    on these inputs (a batch of one) is left with what eval mode showed.
     """
+    if idle is not None and not idle:
+        return
     before = len(recorder.rec.ops), len(recorder.rec.calls)
     training = [module.training for module in model.modules()]
+    handles: list[Any] = []
     try:
-        model.train()
-        with torch.no_grad(), quiet_backends(), module_stack(model, recorder), recorder, _Calls(recorder):
-            out = model(*args, **kwargs)
+        model.train(idle is None)
+        with torch.no_grad(), quiet_backends(), module_stack(model, recorder):
+            handles = companions(model, idle or {}, tensors_in)
+            with recorder, _Calls(recorder):
+                out = model(*args, **kwargs)
         recorder.rec.outputs += [i for i in map(recorder.known, tensors_in(out)) if i is not None]
     except Exception:
         del recorder.rec.ops[before[0] :], recorder.rec.calls[before[1] :]
         recorder.stack, recorder.counters = [""], [Counter()]
     finally:
+        for handle in handles:
+            handle.remove()
         for module, mode in zip(model.modules(), training, strict=True):
             module.training = mode
 

@@ -57,9 +57,12 @@ def statistic(flow: Flow, op: Op) -> None:
         pointwise(flow, op)
         return
     gone = _dims(op, len(axes))
+    places = name in ("aten::argmax", "aten::argmin")
+    if op.target.endswith((".dim", ".names_dim")) and len(op.outs) == 2:  # values and where they were found
+        places = op.outs[1] in flow.recording.read or op.outs[1] in flow.recording.outputs
     for k in gone:
         axis = axes[k]
-        if name in ("aten::argmax", "aten::argmin"):
+        if places:
             flow.block([axis], f"positions of units are results of {flow.where}")
         else:
             flow.mix(axis)
