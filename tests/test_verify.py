@@ -232,3 +232,25 @@ def test_a_model_that_returns_no_number_cannot_be_judged_wrong() -> None:
     names = [g.name for g in graph.groups if isinstance(g, Group) and g.prunable]
     assert "a" in names
     assert sc.verify(graph).ok
+
+
+class Chaos(nn.Module):
+    """A logistic map: after sixty steps no digit of the input is left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.w = nn.Linear(4, 300), nn.Parameter(torch.randn(3, 300))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.sigmoid((torch.relu(self.a(x))[:, None] * self.w).sum(-1))
+        for _ in range(80):
+            y = 3.99 * y * (1 - y)
+        return y
+
+
+def test_a_chaotic_model_is_not_called_wrong_for_its_rounding() -> None:
+    graph = sc.trace(Chaos().eval(), torch.randn(3, 4))
+    group = graph.group("a")
+    assert group.prunable
+    small = sc.compact(graph, Plan(graph.fingerprint, (("a", 300, tuple(range(0, 300, 7))),)))
+    assert small.a.out_features == 43
