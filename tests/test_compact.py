@@ -274,3 +274,26 @@ def test_prune_in_one_line(keep: Any) -> None:
     count = [sum(p.numel() for p in m.parameters()) for m in (small, model)]
     assert np.divide(*count) < 0.65
     assert [m.out_channels % 8 for m in small if isinstance(m, nn.Conv2d)] == [0, 0]
+
+
+def test_a_patch_outlives_the_units_it_was_for() -> None:
+    """Cut to a single hidden unit, the zeros of the first state have no units; their patch stays in a second cut."""
+
+    class Unrolled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inp, self.cell, self.out = nn.Linear(5, 8), nn.GRUCell(8, 4), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x, state = torch.relu(self.inp(x)), x.new_zeros(x.shape[0], 4)
+            for k in range(x.shape[1]):
+                state = self.cell(x[:, k], state)
+            return self.out(state)
+
+    x = torch.randn(2, 6, 5)
+    graph = sc.trace(Unrolled().eval(), x)
+    (cell,) = (g for g in graph.groups if g.prunable and g.units == 4)
+    small = sc.compact(graph, sc.Plan(graph.fingerprint, ((cell.name, 4, (2,)),)))
+    again = sc.trace(small, x)
+    smaller = sc.compact(again, half(again, "inp"))
+    assert (smaller.inp.out_features, smaller.cell.weight_hh.shape) == (4, (3, 1))

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from secateur.compact import Surgery
 from secateur.graph.calls import CALLS, SCALARS, SHAPES, SLICES, SPLITS, BoundCall, counted_as
-from secateur.graph.expected import changes, fetch
+from secateur.graph.expected import changes, fetch, unitless
 from secateur.graph.state import eval_mode, quiet_backends
 from secateur.graph.trace import culprit
 from secateur.graph.verify import refused
@@ -65,14 +65,17 @@ class _Fitting(TorchFunctionMode):
         if waiting and not _alike(waiting[0], args, kwargs):  # a branch that the dense sizes do not take
             self.skipped[-1][name] += 1
             return func(*args, **kwargs)
+        earlier = self.earlier.get((path, name, index))
         if not waiting:  # no units here (any more): what an earlier cut put right stays so
-            earlier = self.earlier.get((path, name, index))
             if earlier is None:
                 return func(*args, **kwargs)
             self.found[path][name, index] = earlier
             return call_with(func, args, kwargs, earlier.changes)
         call = waiting.pop(0) if len(waiting) > 1 else waiting[0]
-        wrong = () if call in self.moving else changes(call, self.kept, args, kwargs)
+        wrong = [] if call in self.moving else changes(call, self.kept, args, kwargs)
+        if earlier is not None:
+            covered = {p for p, _ in wrong}
+            wrong += [(p, v) for p, v in earlier.changes if p not in covered and unitless(call, p)]
         if not wrong:
             return func(*args, **kwargs)
         if name in SCALARS:

@@ -31,6 +31,16 @@ def changes(call: BoundCall, kept: np.ndarray, args: tuple[Any, ...], kwargs: di
     return rule(call, kept, args, kwargs) if rule else []
 
 
+def unitless(call: BoundCall, path: Path) -> bool:
+    """Does the size at ``path`` belong to an axis without units (any more)?"""
+    if call.name in SPLITS:
+        return call.inputs[0][_dim(call.args, call.kwargs, len(call.shapes[0]))] is None
+    paths, shift = _sizes_at(call, call.args, call.kwargs)
+    if path not in paths or not call.results or paths.index(path) + shift >= len(call.results[0]):
+        return False
+    return call.results[0][paths.index(path) + shift] is None
+
+
 def size(ids: np.ndarray | None, kept: np.ndarray, dense: int) -> int:
     """Kept positions of an axis."""
     return int(kept[ids].sum()) if ids is not None else dense
