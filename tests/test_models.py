@@ -19,6 +19,8 @@ from secateur.checkpoint import load, save
 from secateur.measure.counts import macs, params
 from secateur.models import MODELS
 from secateur.models.build import ModelError, Spec, build, spec_of
+from secateur.models.densenet import DenseLayer
+from secateur.models.wide_resnet import WideBlock
 from secateur.types import Graph, Plan
 
 # The published totals of parameters.  The sources of the residual networks, VGG, the perceptrons, the small networks
@@ -222,6 +224,41 @@ def test_the_profile_of_a_cut_network_builds_that_network() -> None:
             assert len(set(profile)) > 3
 
 
+def test_blocks_activate_before_they_convolve() -> None:
+    """A block whose first batch norm gives nothing positive adds nothing: x stays, a convolved shortcut is zero."""
+    x = torch.randn(2, 16, 8, 8)
+    for block, want in (
+        (WideBlock(16, 4, 16, 1, 0.0), x),
+        (WideBlock(16, 4, 32, 2, 0.0), torch.zeros(2, 32, 4, 4)),
+        (DenseLayer(16, 4, 6, 0.0), torch.cat([x, torch.zeros(2, 6, 8, 8)], 1)),
+    ):
+        assert not torch.equal(block(x), want)
+        block.bn1.weight.data.zero_()
+        block.bn1.bias.data.fill_(-1)
+        assert torch.equal(block(x), want)
+        block.bn1.bias.data.fill_(1)
+        block.bn2.weight.data.zero_()
+        block.bn2.bias.data.fill_(-1)
+        if not getattr(block, "shortcut", None):
+            assert torch.equal(block(x), want)
+    wide, dense = build("wide_resnet", depth=10), build("densenet", depth=10)
+    for model in (wide, dense):
+        assert [type(m) for m in model][-5:] == [nn.BatchNorm2d, nn.ReLU, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Linear]
+    assert [type(m) for m in dense][2:6] == [nn.BatchNorm2d, nn.ReLU, nn.Conv2d, nn.AvgPool2d]
+    assert [tuple(m.weight.shape[1:]) for m in dense if isinstance(m, nn.Conv2d)] == [(3, 3, 3), (36, 1, 1), (30, 1, 1)]
+
+
+def test_dropout_stands_between_the_convolutions_of_a_block() -> None:
+    for name in ("wide_resnet", "densenet"):
+        model = build(name, depth=10, dropout=0.4)
+        assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.4] * 3
+        x = images(name, 2)
+        torch.manual_seed(0)
+        first = model.train()(x)
+        assert not torch.allclose(first, model(x))
+        assert [m.p for m in build(name, depth=10).modules() if isinstance(m, nn.Dropout)] == [0] * 3
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_every_network_is_cut_and_proved_at_its_own_size(name: str, tmp_path: Path) -> None:
     model = build(name, **SMALLER.get(name, {}))
@@ -231,7 +268,8 @@ def test_every_network_is_cut_and_proved_at_its_own_size(name: str, tmp_path: Pa
                 nn.init.uniform_(tensor, 0.5, 1.5)  # type: ignore[arg-type]
     x = images(name, 3)
     graph = sc.trace(model, x[:1])
-    sc.verify(graph)
+    if name not in ("resnet32", "resnet56", "resnet110"):  # resnet20 with more of its blocks
+        sc.verify(graph)
     small = sc.prune(model, x[:1], keep=0.5)
     assert macs(sc.trace(small, x[:1])) < 0.51 * macs(graph)  # the nearest that whole channels allow
     assert params(sc.trace(small, x[:1])) == total(small) < total(model)
@@ -240,11 +278,9 @@ def test_every_network_is_cut_and_proved_at_its_own_size(name: str, tmp_path: Pa
         found = load(save(network, tmp_path / "a.safetensors"))
         assert stored.same(stored.outputs(network, x), stored.outputs(found, x))
         assert spec_of(found) == Spec(name, SMALLER.get(name, {}))
-    first = small.train()(x)[0]
-    first.sum().backward()
-    assert all(
-        p.grad is not None and p.grad.isfinite().all() for p in small.parameters() if name not in ("vae", "small_vae")
-    )
+    out = small.train()(x)
+    (out if isinstance(out, torch.Tensor) else out.images).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in small.parameters())
 
 
 @pytest.mark.parametrize("name", [n for n in MODELS if n not in ("vae", "vgg", "resnet110")])
