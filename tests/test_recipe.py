@@ -77,7 +77,7 @@ def test_all_problems_are_listed_in_the_order_of_the_file() -> None:
             "unknown option of taylor; did you mean 'form'?",
         ),
         ("version: 1\nname: x\nprune: {criterion: {args: {form: papr}}}", "paper, elementwise"),
-        ("version: 1\nname: x\nmodel: {name: resnet2}", "did you mean 'resnet20'?"),
+        ("version: 1\nname: x\nmodel: {name: resnet-20}", "did you mean 'resnet20'?"),
         ("version: 1\nname: x\nmeasure: {batch_sizes: [1, x]}", "measure.batch_sizes.1 = 'x'"),
         ("a: 1\na: 2", "r.yaml:2:1: this is not valid YAML: found duplicate key"),
         ("a: [", "r.yaml:1:5: this is not valid YAML"),

@@ -1,4 +1,4 @@
-"""The residual network of CIFAR: three stages of basic blocks, option-B shortcuts."""
+"""The residual networks of CIFAR: three stages of basic blocks, option-B shortcuts."""
 
 from __future__ import annotations
 
@@ -35,10 +35,11 @@ def resnet20(
     width: int = 16,
     depth: int = 20,
 ) -> nn.Sequential:
-    """Return the CIFAR residual network of ``depth`` 6n + 2 layers (He et al. 2016, section 4.2).
+    """Return the CIFAR residual network of ``depth`` 6n + 2 layers (He et al. 2016, section 4.2, arXiv 1512.03385).
 
-    Departs from the paper in its shortcuts: 1x1 convolutions (option B) in place of zero padding.
-    ``image_size`` is accepted like in every builder, and not needed.
+    Departs from the paper in its shortcuts: 1x1 convolutions (option B) in place of zero padding.  At width 16
+    they add 2,752 parameters to the paper's network.  ``width`` is that of the first stage; the others have twice
+    and four times as many channels.  ``image_size`` is accepted like in every builder, and not needed.
 
     >>> sum(p.numel() for p in resnet20().parameters())
     272474
@@ -55,3 +56,36 @@ def resnet20(
             layers.append(Block(before, after, 2 if stage and number == 0 else 1))
             before = after
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes))
+
+
+def resnet32(
+    classes: int = 10, in_channels: int = 3, image_size: int | Sequence[int] = 32, width: int = 16
+) -> nn.Sequential:
+    """Return ``resnet20`` with 32 layers.
+
+    >>> sum(p.numel() for p in resnet32().parameters())
+    466906
+    """
+    return resnet20(classes, in_channels, image_size, width, depth=32)
+
+
+def resnet56(
+    classes: int = 10, in_channels: int = 3, image_size: int | Sequence[int] = 32, width: int = 16
+) -> nn.Sequential:
+    """Return ``resnet20`` with 56 layers.
+
+    >>> sum(p.numel() for p in resnet56().parameters())
+    855770
+    """
+    return resnet20(classes, in_channels, image_size, width, depth=56)
+
+
+def resnet110(
+    classes: int = 10, in_channels: int = 3, image_size: int | Sequence[int] = 32, width: int = 16
+) -> nn.Sequential:
+    """Return ``resnet20`` with 110 layers.
+
+    >>> sum(p.numel() for p in resnet110().parameters())
+    1730714
+    """
+    return resnet20(classes, in_channels, image_size, width, depth=110)
