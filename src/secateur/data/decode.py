@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from secateur.types import DataError
 
@@ -23,6 +23,16 @@ BROKEN_IMAGE = (
     *(struct.error, zlib.error, Image.DecompressionBombError),
 )
 CHANNELS = {"L": 1, "RGB": 3}
+ORIENTATION = 0x0112  # the EXIF tag
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 PIECE = 64  # images that a thread takes at a time
 SHOWN = 5  # broken images that a message names
 
@@ -31,17 +41,22 @@ def pixels(encoded: Encoded, mode: str, size: int | None = None) -> np.ndarray:
     """Return one image as uint8 of shape (channels, height, width); ``mode`` is Pillow's (``L``, ``RGB``).
 
     With ``size``, the largest square in the middle is scaled to ``size`` x ``size`` (bilinear over all
-    pixels that it covers).  Cameras' notes on orientation are followed.  Raises one of ``BROKEN_IMAGE``.
+    pixels that it covers).  Pictures are turned as their EXIF orientation says.  Raises one of ``BROKEN_IMAGE``.
     """
     with Image.open(io.BytesIO(encoded or b"") if not isinstance(encoded, str) else encoded) as image:
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"pixels of kind {image.mode}; 8 bits per channel are read")
-        if size is not None:
-            image.draft(None, (2 * size, 2 * size))  # JPEG: decode at 1/2, 1/4 or 1/8, still twice what is kept
-        image = ImageOps.exif_transpose(image).convert(mode)
-        if size is not None and image.size != (size, size):
-            image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
-        array = np.asarray(image)
+        # JPEG: decode at 1/2, 1/4 or 1/8, still twice what is kept; the box is where the picture ends then
+        drafted = image.draft(None, (2 * size, 2 * size)) if size is not None else None
+        width, height = drafted[1][2:] if drafted else image.size
+        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+        image = image.convert(mode)
+        if size is not None and (width, height) != (size, size):
+            side = min(width, height)
+            left, top = (width - side) / 2, (height - side) / 2
+            box = (left, top, left + side, top + side)
+            image = image.resize((size, size), Image.Resampling.BILINEAR, box)
+        array = np.asarray(image if turn is None else image.transpose(turn))
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
