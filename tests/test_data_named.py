@@ -249,9 +249,8 @@ def test_a_name_on_the_hub_without_datasets(monkeypatch: pytest.MonkeyPatch) -> 
         open_source("hf:someone/something")
 
 
-def test_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_through_datasets(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     names = ["x", "y", "z"]
     rows = {"image": [{"bytes": png(8, "RGB", n), "path": None} for n in range(6)], "label": [n % 3 for n in range(6)]}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
@@ -268,6 +267,31 @@ def test_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         open_source("hf:saved", str(tmp_path))
     with pytest.raises(DataError, match=r"hf:someone/nothing cannot be loaded .* data.download=true"):
         open_source("hf:someone/nothing", str(tmp_path))
+
+
+def test_a_name_on_the_hub_comes_from_the_cache_without_the_network(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    files = {part: str(tmp_path / f"{part}.parquet") for part in ("train", "test")}
+    for path in files.values():
+        write_shard(Path(path), range(5))
+    datasets.load_dataset("parquet", data_files=files, cache_dir=str(tmp_path / "made"))
+    (made,) = (tmp_path / "made" / "parquet").glob("*/*/*/")  # what the cache of a dataset on the hub looks like
+    cached = tmp_path / "cache" / "someone___thing" / "plain" / "0.0.0" / made.name
+    cached.mkdir(parents=True)
+    for path in made.iterdir():
+        (cached / path.name.replace("parquet-", "thing-")).write_bytes(path.read_bytes())
+    about = (made / "dataset_info.json").read_text()
+    about = about.replace('"dataset_name": "parquet"', '"dataset_name": "thing"').replace('"default"', '"plain"')
+    (cached / "dataset_info.json").write_text(about)
+    for name in ("hf:someone/thing", "hf:someone/thing:plain"):
+        source = open_source(name, str(tmp_path / "cache"))
+        assert source.labels.tolist() == [0, 1, 2, 0, 1] * 2
+        assert source.test_from == 5
+    assert not datasets.config.HF_HUB_OFFLINE
+    with pytest.raises(DataError, match=r"hf:someone/thing:other cannot be loaded .*plain"):
+        open_source("hf:someone/thing:other", str(tmp_path / "cache"))
+    with pytest.raises(DataError, match="a name on the hub is owner/name"):
+        open_source("hf:some/where/else", str(tmp_path / "cache"))
 
 
 def test_names_in_recipes() -> None:

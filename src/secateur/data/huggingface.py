@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -61,13 +62,26 @@ def _fetched(name: str, root: str | None, download: bool) -> Any:
     """Return the dataset ``name`` from the cache in ``root``, or from the hub when ``download`` is on."""
     datasets = _datasets(name)
     path, _, configuration = name.partition(":")
+    if path.count("/") > 1:
+        raise DataError(f"hf:{name}: there is no such folder, and a name on the hub is owner/name; correct data.name.")
     cache = str(folder_of(f"hf:{name}", root, download)) if root is not None else None
     try:
-        local = datasets.DownloadConfig(cache_dir=cache, local_files_only=not download)
-        return datasets.load_dataset(path, configuration or None, cache_dir=cache, download_config=local)
+        with _offline(datasets, not download):
+            return datasets.load_dataset(path, configuration or None, cache_dir=cache)
     except Exception as error:  # network, names, configurations, damaged caches: a dozen unrelated kinds
         hint = "" if download else ", or set data.download=true"
         raise DataError(f"hf:{name} cannot be loaded ({_line(error)}); correct data.name{hint}.") from error
+
+
+@contextmanager
+def _offline(datasets: Any, on: bool) -> Iterator[None]:
+    """Keep ``datasets`` from the network, as ``HF_HUB_OFFLINE=1`` does; that it was off already stays so."""
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = before or on
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
 
 
 def _loaded(folder: Path) -> Any:
