@@ -110,6 +110,8 @@ def damaged(folder: Path, how: str) -> None:
         pq.write_table(pa.table({"picture": [1], "label": [1]}), path)
     elif how == "labels":
         pq.write_table(pa.table({"image": [{"bytes": png(28, "L", 0)}], "label": ["cat"]}), path)
+    elif how == "floats":
+        pq.write_table(pa.table({"image": [{"bytes": png(28, "L", 0)}], "label": [1.5]}), path)
     elif how == "image":
         pq.write_table(pa.table({"image": [{"bytes": png(28, "L", 0)[:99]}], "label": [1]}), path)
     elif how == "no image":
@@ -131,6 +133,7 @@ def damaged(folder: Path, how: str) -> None:
         ("foreign", "no parquet file"),
         ("columns", "needs a column 'image'"),
         ("labels", "integer column 'label'"),
+        ("floats", "integer column 'label'"),
         ("image", r"1 of 1 images cannot be decoded: row 0 \(image file is truncated\)"),
         ("no image", r"row 0 \(no image file\)"),
         ("size", "sizes must agree"),

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps
 
 from pictures import cut_short, picture, write_folder
-from secateur.data import Dataset, Source, memory, open_source, split
+from secateur.data import Source, dataset, memory, open_source, split
 from secateur.data import decode as decoding
 from secateur.data import files as filing
 from secateur.data.streamed import Held, Streamed
@@ -161,6 +161,7 @@ def test_broken_images_are_counted_and_named_and_nothing_is_left(
     cache: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(filing, "CACHE_FROM", 1 if cache else 10**9)
+    monkeypatch.setattr(filing, "CHUNK", 3)
     write_folder(tmp_path, {"train": 9, "val": 2})
     for i in range(7):
         cut_short(tmp_path / "train" / "dog" / f"{i}.jpg")
@@ -196,7 +197,13 @@ def test_decoded_images_are_kept_beside_and_renewed_when_a_file_changes(
     (renewed,) = (tmp_path / filing.CACHE).iterdir()
     assert renewed != file
     kept = new.images[:].clone()
-    renewed.write_bytes(renewed.read_bytes()[:-9])  # a cut file is not used
+    os.utime(changed, ns=(1, 1))  # the same size, written at another time
+    open_source("imagefolder", str(tmp_path), image_size=8)
+    (later,) = (tmp_path / filing.CACHE).iterdir()
+    assert later != renewed
+    np.save(later, np.zeros((1, 3, 8, 8), dtype=np.uint8))  # nor is a foreign one
+    assert torch.equal(open_source("imagefolder", str(tmp_path), image_size=8).images, kept)
+    later.write_bytes(later.read_bytes()[:-9])  # a cut file is not used
     assert torch.equal(open_source("imagefolder", str(tmp_path), image_size=8).images, kept)
 
 
@@ -270,7 +277,16 @@ def test_images_that_the_device_has_no_room_for_come_in_batches() -> None:
     assert (one.mean, one.std) == (two.mean, two.std)
     for ours, theirs in zip(one.batches("test", 100), two.batches("test", 100), strict=True):
         assert all(map(torch.equal, ours, theirs))
-    assert isinstance(one, Dataset)
+
+
+def test_a_dataset_moves_to_a_small_device_without_its_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = split(open_source("digits"))
+    assert isinstance(data.to(torch.device("cpu")).source.images, torch.Tensor)
+    monkeypatch.setattr(dataset, "_room", lambda images, device: False)
+    moved = data.to(torch.device("cpu"))
+    assert isinstance(moved.source.images, Streamed)
+    assert moved.shape == data.shape
+    assert all(map(torch.equal, moved.batch(data.test), data.batch(data.test)))
 
 
 def test_the_threads_of_fill_agree_with_one(tmp_path: Path) -> None:

@@ -102,17 +102,12 @@ def _source(name: str, found: Any, size: int | None) -> Source:
 
 
 def _table(where: str, part: Any) -> Table:
-    """Return one part with its images still encoded."""
-    datasets = _datasets(where)
-    for column, feature in part.features.items():
-        if isinstance(feature, datasets.Image):
-            part = part.cast_column(column, datasets.Image(decode=False))
-    schema = part.features.arrow_schema
+    """Return one part; arrow rows hold the images as they are stored, encoded."""
 
     def rows(columns: list[str]) -> Iterator[Any]:
         return part.select_columns(columns).with_format("arrow").iter(ROWS)
 
-    return Table(where, len(part), schema, rows, paths=True)
+    return Table(where, len(part), part.features.arrow_schema, rows, paths=True)
 
 
 def _line(error: Exception) -> str:
