@@ -175,6 +175,9 @@ def test_torchvision_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert source.images.shape == (6, 3, 32, 32)
     assert source.test_from == 4
     assert int(source.images[5].max()) == 9
+    small = SOURCES["cifar10"](str(tmp_path), False, 16)
+    assert small.images.shape == (6, 3, 16, 16)
+    assert set(small.images.flatten().tolist()) == {7, 9}
 
 
 def test_each_image_of_a_batch_is_augmented_by_its_own_draw() -> None:
