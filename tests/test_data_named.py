@@ -20,7 +20,7 @@ from secateur.data.augment import AUGMENTATIONS
 from secateur.recipe import Data, loads
 from secateur.types import DataError, RecipeError
 
-REAL = Path(os.environ.get("SECATEUR_DATA", "/work/shared/data"))
+REAL = Path(os.environ.get("SECATEUR_DATA") or Path(__file__).parents[2] / "shared" / "data")  # beside the checkout
 
 
 def write_shard(
