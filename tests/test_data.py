@@ -110,6 +110,8 @@ def damaged(folder: Path, how: str) -> None:
         pq.write_table(pa.table({"picture": [1], "label": [1]}), path)
     elif how == "labels":
         pq.write_table(pa.table({"image": [{"bytes": png(28, "L", 0)}], "label": ["cat"]}), path)
+    elif how == "floats":
+        pq.write_table(pa.table({"image": [{"bytes": png(28, "L", 0)}], "label": [1.5]}), path)
     elif how == "image":
         pq.write_table(pa.table({"image": [{"bytes": png(28, "L", 0)[:99]}], "label": [1]}), path)
     elif how == "no image":
@@ -131,8 +133,9 @@ def damaged(folder: Path, how: str) -> None:
         ("foreign", "no parquet file"),
         ("columns", "needs a column 'image'"),
         ("labels", "integer column 'label'"),
-        ("image", "row 0: the image cannot be decoded"),
-        ("no image", "row 0: the image cannot be decoded"),
+        ("floats", "integer column 'label'"),
+        ("image", r"1 of 1 images cannot be decoded: row 0 \(image file is truncated\)"),
+        ("no image", r"row 0 \(no image file\)"),
         ("size", "sizes must agree"),
         ("empty", "holds no images"),
     ],
@@ -172,6 +175,9 @@ def test_torchvision_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert source.images.shape == (6, 3, 32, 32)
     assert source.test_from == 4
     assert int(source.images[5].max()) == 9
+    small = SOURCES["cifar10"](str(tmp_path), False, 16)
+    assert small.images.shape == (6, 3, 16, 16)
+    assert set(small.images.flatten().tolist()) == {7, 9}
 
 
 def test_each_image_of_a_batch_is_augmented_by_its_own_draw() -> None:

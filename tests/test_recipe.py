@@ -44,8 +44,8 @@ def test_all_problems_are_listed_in_the_order_of_the_file() -> None:
         "r.yaml:8:3: prune.round_to = 1.5: must be 'auto' or must be a valid integer.",
         "r.yaml:9:15: prune.criterion.name = 'tailor': must be one of bn_scale, fisher, magnitude, random, "
         "taylor; did you mean 'taylor'?",
-        "r.yaml:10:8: data.name = 'digit': must be one of cifar10, digits, fashion_mnist, mnist; "
-        "did you mean 'digits'?",
+        "r.yaml:10:8: data.name = 'digit': must be one of celeba, cifar10, cifar100, digits, fashion_mnist, "
+        "imagefolder, mnist, hf:NAME_OR_FOLDER, celeba:ATTRIBUTE; did you mean 'digits'?",
         "r.yaml:11:1: prunes = 3: unknown key; did you mean 'prune'?",
     ]
 

@@ -36,11 +36,13 @@ class Data(Section):
     """Where the images come from and how they are split."""
 
     name: str = "digits"
-    """dataset: digits (embedded), mnist, fashion_mnist, cifar10"""
+    """dataset: digits (embedded), mnist, fashion_mnist, cifar10, cifar100, celeba, imagefolder, hf:NAME_OR_FOLDER"""
     root: str | None = None
-    """folder of train.parquet and test.parquet, itself or in a folder called NAME, or torchvision's files"""
+    """folder of train.parquet and test.parquet, itself or in a folder called NAME, or torchvision's or class folders"""
     download: bool = False
-    """let torchvision download the dataset into root"""
+    """let torchvision (hf: datasets) download the dataset into root"""
+    image_size: Count | None = None
+    """scale the images to this height and width, what is longer being cut off (null: as they are)"""
     validation: Share = 0.1
     """fraction of the training images that is held out for validation"""
     test: Share = 0.2
@@ -49,8 +51,17 @@ class Data(Section):
     """use at most this many training images"""
     normalize: bool = False
     """subtract the mean and divide by the deviation of the training images, per channel"""
-    augment: Literal["none", "flip", "flip_crop"] = "none"
-    """what is done to training images: nothing, mirror at random, mirror and shift by up to 4 pixels"""
+    augment: Literal[
+        "none",
+        "flip",
+        "crop",
+        "flip_crop",
+        "flip_zero_crop",
+        "flip_crop_cutout",
+        "flip_resized_crop",
+        "flip_resized_crop_light",
+    ] = "none"
+    """done to training images at random: mirror, shift by up to 4 pixels, hide a square, enlarge a part, light"""
 
 
 class Model(Section):
@@ -275,13 +286,13 @@ def _override(values: dict[str, Any], places: dict[Path, str], text: str) -> Non
 
 def _registry_problems(values: Mapping[str, Any]) -> dict[Path, str]:
     """Return path -> rule for names that no registry has, and for options that a criterion doesn't take."""
+    from secateur import data
     from secateur.criteria import REGISTRY
-    from secateur.data import SOURCES
     from secateur.models import MODELS
 
     problems: dict[Path, str] = {}
     for path, names, forms in (
-        (("data", "name"), SOURCES, ""),
+        (("data", "name"), data.SOURCES, "".join(f", {form}" for form in data.SPELLED)),
         (("prune", "criterion", "name"), REGISTRY, ""),
         (
             ("model", "name"),
@@ -290,7 +301,8 @@ def _registry_problems(values: Mapping[str, Any]) -> dict[Path, str]:
         ),
     ):
         name = at(values, path)
-        if isinstance(name, str) and name not in names and not (forms and ":" in name):
+        formed = data.known(str(name)) if path[0] == "data" else forms and ":" in str(name)
+        if isinstance(name, str) and name not in names and not formed:
             problems[path] = f"must be one of {', '.join(names)}{forms}{nearest(name, names, bare=True)}"
     kind = REGISTRY.get(str(at(values, ("prune", "criterion", "name")) or Score().name))
     args = at(values, ("prune", "criterion", "args")) or {}
@@ -309,12 +321,15 @@ def _registry_problems(values: Mapping[str, Any]) -> dict[Path, str]:
 def json_schema() -> dict[str, Any]:
     """Return the JSON Schema of recipes, with the registered names, so that editors can complete them."""
     from secateur.criteria import REGISTRY
-    from secateur.data import SOURCES
+    from secateur.data import FORMS, SOURCES
     from secateur.models import MODELS
 
     schema = Recipe.model_json_schema()
     parts = schema["$defs"]
-    parts["Data"]["properties"]["name"]["enum"] = list(SOURCES)
+    parts["Data"]["properties"]["name"]["anyOf"] = [
+        {"enum": list(SOURCES)},
+        {"pattern": f"^({'|'.join(FORMS)}):."},
+    ]
     parts["Score"]["properties"]["name"]["enum"] = list(REGISTRY)
     parts["Model"]["properties"]["name"]["examples"] = [*MODELS, "torchvision:resnet18", "timm:convnext_atto"]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -1,27 +1,32 @@
-"""Images held in memory as bytes, and three disjoint sets of their indices."""
+"""Images as bytes, in memory or fetched batch by batch, and three disjoint sets of their indices."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
+from secateur.data.streamed import Held, Streamed
 from secateur.types import DataError
 
 TEST_SEED = 20_221  # the test images of a source without a test part are the same for every recipe seed
+CHUNK = 4096  # images that are looked at together where all of them are
+DEVICE_SHARE = 0.5  # of the free memory of a device that images may take; the rest is for the model
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
     """What a source file returns: all images (training part first), labels and class names.
 
-    ``images`` is uint8 of shape (n, channels, height, width); ``white`` is the byte that stands for 1.0;
-    ``test_from`` is the index of the first image of the official test part, ``None`` when there is none.
+    ``images`` is uint8 of shape (n, channels, height, width), or ``Streamed`` where that fits no memory;
+    ``white`` is the byte that stands for 1.0; ``test_from`` is the index of the first image of the official
+    test part, ``None`` when there is none.
     """
 
     name: str
-    images: torch.Tensor
+    images: torch.Tensor | Streamed
     labels: torch.Tensor
     classes: tuple[str, ...]
     test_from: int | None = None
@@ -72,21 +77,36 @@ class Dataset:
         return {"train": self.train, "validation": self.validation, "test": self.test}[name]
 
     def to(self, device: torch.device) -> Dataset:
-        """Return the same dataset with its images and labels on ``device``."""
+        """Return the same dataset with its images and labels on ``device``.
+
+        Images that would take more than half of its free memory stay where they are; their batches move.
+        """
         s = self.source
-        moved = Source(s.name, s.images.to(device), s.labels.to(device), s.classes, s.test_from, s.white)
+        images = s.images
+        if isinstance(images, torch.Tensor) and not _room(images, device):
+            images = Streamed(Held(images, s.name), len(images), self.shape)
+        moved = Source(s.name, images.to(device), s.labels.to(device), s.classes, s.test_from, s.white)
         return Dataset(moved, self.train, self.validation, self.test, self.mean, self.std)
 
     def batch(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return float32 inputs of shape (n, channels, height, width) and int64 labels of ``indices``."""
-        images = self.source.images[indices.to(self.source.images.device)]
+        images = self._images(indices)
         labels = self.source.labels[indices.to(self.source.labels.device)]
         return scaled(images, self.source.white, self.mean, self.std), labels
 
     def batches(self, part: str, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield the batches of ``train``, ``validation`` or ``test`` in order; the last may be smaller."""
-        for indices in self.part(part).split(size):
-            yield self.batch(indices)
+        return self.stream(self.part(part).split(size))
+
+    def stream(self, parts: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield what ``batch`` returns for each tensor of indices; images on disk are decoded ahead."""
+        s, parts = self.source, list(parts)
+        images = s.images.batches(parts) if isinstance(s.images, Streamed) else (self._images(i) for i in parts)
+        for indices, pixels in zip(parts, images, strict=True):
+            yield scaled(pixels, s.white, self.mean, self.std), s.labels[indices.to(s.labels.device)]
+
+    def _images(self, indices: torch.Tensor) -> torch.Tensor:
+        return self.source.images[indices.to(self.source.images.device)]
 
 
 def scaled(images: torch.Tensor, white: float, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
@@ -134,13 +154,40 @@ def split(
     return Dataset(source, train, held_out, tested, mean, std)
 
 
+def resized(source: Source, size: int | None) -> Source:
+    """Return ``source`` with its images (in memory) scaled to ``size`` x ``size``; None leaves them.
+
+    Bilinear over all pixels that a new one covers, rounded to the nearest byte.
+    """
+    images = source.images
+    if size is None or images.shape[2:] == (size, size) or isinstance(images, Streamed):
+        return source
+    out = torch.empty(*images.shape[:2], size, size, dtype=torch.uint8)
+    for start in range(0, len(images), CHUNK):
+        piece = images[start : start + CHUNK].float()
+        sized = F.interpolate(piece, (size, size), mode="bilinear", antialias=True)
+        out[start : start + CHUNK] = sized.round().clamp(0, source.white).byte()
+    return Source(source.name, out, source.labels, source.classes, source.test_from, source.white)
+
+
+def _room(images: torch.Tensor, device: torch.device) -> bool:
+    """Return whether ``images`` may be copied to ``device`` as a whole (or are not copied)."""
+    if device.type != "cuda" or images.is_cuda:
+        return True
+    return images.nbytes <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
+
+
 def _moments(source: Source, train: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and standard deviation per channel over the training images, in units of white."""
-    channels = source.images.shape[1]
-    pixels = source.images[train].transpose(0, 1).reshape(channels, -1)
-    levels = torch.arange(256, dtype=torch.float64) / source.white
-    counts = torch.stack([torch.bincount(row.long(), minlength=256) for row in pixels]).double()
+    channels, parts = source.images.shape[1], train.split(CHUNK if isinstance(source.images, torch.Tensor) else 256)
+    stored = source.images
+    chunks = stored.batches(parts) if isinstance(stored, Streamed) else (stored[part] for part in parts)
+    counts = torch.zeros(channels, 256, dtype=torch.float64)
+    for pixels in chunks:
+        rows = pixels.cpu().transpose(0, 1).reshape(channels, -1)
+        counts += torch.stack([torch.bincount(row, minlength=256) for row in rows])
     counts /= counts.sum(1, keepdim=True)
+    levels = torch.arange(256, dtype=torch.float64) / source.white
     mean = counts @ levels
     std = (counts @ levels.square() - mean.square()).clamp_min(1e-12).sqrt()
     return tuple(mean.tolist()), tuple(std.tolist())

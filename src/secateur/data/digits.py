@@ -9,13 +9,13 @@ from importlib import resources
 import numpy as np
 import torch
 
-from secateur.data.dataset import Source
+from secateur.data.dataset import Source, resized
 from secateur.types import DataError
 
 IMAGES = 1797
 
 
-def digits(root: str | None = None, download: bool = False) -> Source:
+def digits(root: str | None = None, download: bool = False, size: int | None = None) -> Source:
     """UCI optical recognition of handwritten digits: 1,797 grey 8x8 images, 10 classes, no download.
 
     E. Alpaydin, C. Kaynak (1998), UCI Machine Learning Repository, CC BY 4.0.  Pixels are 0..16.
@@ -32,4 +32,4 @@ def digits(root: str | None = None, download: bool = False) -> Source:
         raise DataError(f"{packed} unpacks to {raw.size} bytes, not {IMAGES * 65}; reinstall secateur.")
     images = torch.from_numpy(raw[: IMAGES * 64]).view(IMAGES, 1, 8, 8)
     labels = torch.from_numpy(raw[IMAGES * 64 :]).long()
-    return Source("digits", images, labels, tuple("0123456789"), white=16.0)
+    return resized(Source("digits", images, labels, tuple("0123456789"), white=16.0), size)

@@ -1,20 +1,20 @@
-"""Packed image folders: ``train.parquet`` and ``test.parquet`` with encoded images and integer labels."""
+"""Packed image folders: parquet files with encoded images and integer labels."""
 
 from __future__ import annotations
 
-import io
-import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
-
 from secateur.data.dataset import Source
+from secateur.data.decode import BROKEN_IMAGE
+from secateur.data.table import LABELS, Table, joined
 from secateur.types import DataError
 
-BROKEN_IMAGE = (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError)
+__all__ = ["BROKEN_IMAGE", "find", "read", "read_any", "shards"]
+
+ROWS = 2048  # rows that are read and decoded together
+HELD_OUT = ("test", "validation", "valid", "val")
 
 
 def find(name: str, root: str) -> Path | None:
@@ -25,80 +25,76 @@ def find(name: str, root: str) -> Path | None:
     return None
 
 
-def read(name: str, folder: Path, mode: str) -> Source:
-    """Read a packed folder; ``mode`` is the Pillow mode of the images (``L`` grey, ``RGB``).
+def read(name: str, folder: Path, mode: str, size: int | None = None, labels: Sequence[str] = LABELS) -> Source:
+    """Read ``train.parquet`` and ``test.parquet``; ``mode`` is the Pillow mode (``L`` grey, ``RGB``).
 
     Columns: ``image`` = struct<bytes, path> (PNG or JPEG) and ``label`` = integer; class names are in the
     ``huggingface`` key of the schema metadata.  Every image is decoded once, into one uint8 array.
 
     Raises ``DataError`` when a file is missing, truncated, without the columns, or holds a broken image.
     """
-    train, labels, classes = _read_file(folder / "train.parquet", mode)
-    test, test_labels, _ = _read_file(folder / "test.parquet", mode)
-    if train.shape[1:] != test.shape[1:]:
-        sizes = f"training images are {train.shape[1:]}, test images {test.shape[1:]}"
-        raise DataError(f"{folder}: {sizes}; sizes must agree.")
-    names = classes or tuple(str(i) for i in range(int(max(labels.max(), test_labels.max())) + 1))
-    return Source(
-        name,
-        torch.from_numpy(np.concatenate([train, test])),
-        torch.from_numpy(np.concatenate([labels, test_labels])),
-        names,
-        test_from=len(train),
-    )
+    tables = [_table([folder / f"{part}.parquet"]) for part in ("train", "test")]
+    return joined(name, tables, mode=mode, size=size, labels=labels)
 
 
-def _read_file(path: Path, mode: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Return uint8 images (n, channels, height, width), int64 labels and class names of one file."""
-    table = _table(path)
-    try:
-        encoded = table["image"].combine_chunks().field("bytes").to_pylist()
-        labels = np.asarray(table["label"].to_numpy()).astype(np.int64, casting="safe")
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
-        raise DataError(
-            f"{path} needs a column 'image' (struct with 'bytes') and an integer column 'label'; "
-            f"found {', '.join(table.column_names) or 'none'} ({error})."
-        ) from error
-    return _decode(path, encoded, mode), labels, _class_names(table.schema.metadata)
+def read_any(name: str, folder: Path, size: int | None = None) -> Source:
+    """Read the parquet files of ``train`` and of ``test`` (else ``validation``), as a hub lays them out.
+
+    Without a test part the test set is drawn from ``train``.  Raises ``DataError`` as ``read`` does.
+    """
+    held = next((found for part in HELD_OUT if (found := shards(folder, part))), None)
+    parts = [shards(folder, "train") or [folder / "train.parquet"], *([held] if held else [])]
+    return joined(name, [_table(paths) for paths in parts], size=size)
 
 
-def _table(path: Path) -> Any:
+def shards(folder: Path, part: str) -> list[Path]:
+    """Return the files of ``part``: ``part.parquet``, ``part-00000-of-00002.parquet``, ...; [] without any.
+
+    They may lie one folder down (``data``, or the name of the only configuration).  Raises ``DataError`` when
+    several folders hold some, or when one of the numbered files is missing.
+    """
+    patterns = (f"{part}.parquet", f"{part}-*.parquet", f"{part}/*.parquet")
+    found = next((f for p in patterns for f in (sorted(folder.glob(p)), sorted(folder.glob(f"*/{p}"))) if f), [])
+    homes = sorted({str(path.parent) for path in found})
+    if len(homes) > 1:
+        raise DataError(f"{folder} holds several datasets: {', '.join(homes)}; name one of these folders.")
+    _, _, total = found[0].stem.rpartition("-of-") if found else ("", "", "")
+    if total.isdigit() and int(total) != len(found):
+        raise DataError(f"{homes[0]} holds {len(found)} of {int(total)} files of {part!r}; fetch the others.")
+    return found
+
+
+def _table(paths: Sequence[Path]) -> Table:
+    """Return the rows of files that share a schema; the images are read when somebody goes through them."""
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"{path} is missing; the folder must hold train.parquet and test.parquet.")
     try:
         import pyarrow as arrow
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise DataError(f"{path} needs pyarrow: install secateur[data].") from error
-    if not path.is_file():
-        raise DataError(f"{path} is missing; the folder must hold train.parquet and test.parquet.")
-    try:
-        return parquet.read_table(path)
-    except (arrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is truncated or no parquet file ({error}); fetch it again.") from error
+        raise DataError(f"{paths[0]} needs pyarrow: install secateur[data].") from error
 
+    def damaged(path: Path, error: Exception) -> DataError:
+        return DataError(f"{path} is truncated or no parquet file ({error}); fetch it again.")
 
-def _decode(path: Path, encoded: list[Any], mode: str) -> np.ndarray:
-    images: np.ndarray | None = None
-    for row, data in enumerate(encoded):
+    def rows(columns: list[str]) -> Iterator[Any]:
+        for path in paths:
+            try:
+                with parquet.ParquetFile(path) as file:
+                    yield from file.iter_batches(ROWS, columns=columns)
+            except (arrow.ArrowException, OSError) as error:
+                raise damaged(path, error) from error
+
+    count, schemas = 0, []
+    for path in paths:
         try:
-            with Image.open(io.BytesIO(data)) as image:
-                pixels = np.asarray(image.convert(mode))
-        except BROKEN_IMAGE as error:
-            raise DataError(f"{path}, row {row}: the image cannot be decoded ({error}).") from error
-        if images is None:
-            images = np.empty((len(encoded), *pixels.shape), dtype=np.uint8)
-        if pixels.shape != images.shape[1:]:
-            sizes = f"image of {pixels.shape}, the first is {images.shape[1:]}"
-            raise DataError(f"{path}, row {row}: {sizes}; sizes must agree.")
-        images[row] = pixels
-    if images is None:
-        raise DataError(f"{path} holds no images.")
-    return images[:, None] if images.ndim == 3 else np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-
-
-def _class_names(metadata: dict[bytes, bytes] | None) -> tuple[str, ...]:
-    """Return the class names of a schema's ``huggingface`` metadata, or () when it holds none."""
-    try:
-        info = json.loads((metadata or {})[b"huggingface"])
-        return tuple(map(str, info["info"]["features"]["label"]["names"]))
-    except (KeyError, TypeError, ValueError):
-        return ()
+            with parquet.ParquetFile(path) as file:
+                count += file.metadata.num_rows
+                schemas.append(file.schema_arrow)
+        except (arrow.ArrowException, OSError) as error:
+            raise damaged(path, error) from error
+        if not schemas[0].equals(schemas[-1]):
+            raise DataError(f"{path} has other columns than {paths[0]}; the files of one part share theirs.")
+    where = paths[0] if len(paths) == 1 else paths[0].parent
+    return Table(str(where), count, schemas[0], rows)
