@@ -64,7 +64,7 @@ def finished(recipe: Path) -> Path:
     return out
 
 
-@pytest.mark.parametrize("command", ["run", "inspect", "evaluate", "predict", "init", "schema", "report"])
+@pytest.mark.parametrize("command", ["run", "inspect", "evaluate", "predict", "init", "schema", "report", "compare"])
 def test_every_command_has_help(command: str) -> None:
     result = call(command, "--help")
     assert result.exit_code == 0

@@ -45,6 +45,7 @@ PARTS = {  # files that carry a part of one of the names above, or stand apart f
     "progressive": "pipeline",
     "infer": "pipeline",
     "look": "pipeline",
+    "compare": "pipeline",
     "starter": "cli",
     "terminal": "cli",
 }

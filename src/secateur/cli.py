@@ -245,3 +245,25 @@ def report(
 
     atomic_write(folder / REPORT, render(read(folder / RECORDS)).encode())
     typer.echo(str(folder / REPORT))
+
+
+@app.command()
+@guarded
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, folders of those, or record files.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the page goes.")] = Path("compare.html"),
+    part: Annotated[str, typer.Option(help="Accuracy on which images: test or validation.")] = "test",
+) -> None:
+    """Put runs beside each other: accuracy against size and speed, over seeds, with the controls."""
+    from secateur.compare import compare as beside
+    from secateur.compare import write
+    from secateur.report.compared import table
+
+    if part not in ("test", "validation"):
+        raise typer.BadParameter(f"{part!r} is not one of test, validation", param_hint="--part")
+    found = beside(runs, part=part)
+    write(found, out)
+    typer.echo(table(found))
+    typer.echo(f"page: {out}")
