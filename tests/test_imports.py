@@ -46,6 +46,7 @@ PARTS = {  # files that carry a part of one of the names above, or stand apart f
     "infer": "pipeline",
     "look": "pipeline",
     "compare": "pipeline",
+    "sweep": "pipeline",
     "starter": "cli",
     "terminal": "cli",
 }

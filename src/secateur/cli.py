@@ -267,3 +267,41 @@ def compare(
     write(found, out)
     typer.echo(table(found))
     typer.echo(f"page: {out}")
+
+
+@app.command()
+@guarded
+def sweep(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe that the grid is put over.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values put on top of the recipe in all cells.")
+    ] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option("--grid", metavar="KEY=A,B,...", help="A key and its values, e.g. seed=0,1,2; repeatable."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at once; the processor's threads are divided.")] = 1,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Folder of the sweep. [default: runs/NAME-sweep]")
+    ] = None,
+) -> None:
+    """Run a recipe at every point of a grid, then compare; the same command again continues."""
+    from secateur.compare import PAGE
+    from secateur.recipe import load
+    from secateur.report.compared import table
+    from secateur.sweep import sweep as carry_out
+    from secateur.terminal import screen
+
+    folder = out or Path("runs") / f"{load(recipe, overrides or ()).name}-sweep"
+    try:
+        with screen() as shown:
+            result = carry_out(recipe, grid or (), folder, overrides=overrides or (), jobs=jobs, screen=shown)
+    except KeyboardInterrupt as stop:
+        raise type(stop)(f"Finished cells are kept; the same command with --out {folder} continues.") from None
+    if result.comparison:
+        typer.echo(table(result.comparison))
+        typer.echo(f"page: {folder / PAGE}")
+    if result.failed:
+        rows = [f"{cell.name}: {why}" for cell, why in result.failed]
+        count = f"{len(rows)} of {len(rows) + len(result.done)} cells failed"
+        _fail("\n  ".join([f"{count}; the same command tries them again:", *rows]), 1)
