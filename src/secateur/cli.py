@@ -28,6 +28,9 @@ app = typer.Typer(
     epilog="A first run on embedded data, half a minute: secateur run recipes/quickstart.yaml",
 )
 
+track = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Copy runs to a tracking store.")
+app.add_typer(track, name="track")
+
 Trust = Annotated[
     list[str] | None,
     typer.Option("--trust", metavar="MODULE", help="A module of yours that the checkpoint may import; repeatable."),
@@ -305,3 +308,25 @@ def sweep(
         rows = [f"{cell.name}: {why}" for cell, why in result.failed]
         count = f"{len(rows)} of {len(rows) + len(result.done)} cells failed"
         _fail("\n  ".join([f"{count}; the same command tries them again:", *rows]), 1)
+
+
+@track.command()
+@guarded
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, finished or not.")],
+    uri: Annotated[
+        str | None,
+        typer.Option(
+            help="Server or store, e.g. http://host:5000, sqlite:///mlflow.db. [default: MLFLOW_TRACKING_URI]"
+        ),
+    ] = None,
+    experiment: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Experiment in MLflow. [default: the name of the recipe]")
+    ] = None,
+) -> None:
+    """Copy a run to MLflow: parameters, metrics, files; a second push adds only what is missing."""
+    from secateur.track.mlflow import push as copy
+
+    done = copy(folder, uri, experiment)
+    added = f"{done.params} parameters, {done.metrics} metric values, {len(done.files)} files"
+    typer.echo(f"run {done.run} of experiment {done.experiment}: {added} added")
