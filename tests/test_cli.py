@@ -64,9 +64,12 @@ def finished(recipe: Path) -> Path:
     return out
 
 
-@pytest.mark.parametrize("command", ["run", "inspect", "evaluate", "predict", "init", "schema", "report"])
+@pytest.mark.parametrize(
+    "command",
+    ["run", "inspect", "evaluate", "predict", "init", "schema", "report", "compare", "sweep", "track push"],
+)
 def test_every_command_has_help(command: str) -> None:
-    result = call(command, "--help")
+    result = call(*command.split(), "--help")
     assert result.exit_code == 0
     assert "Usage" in result.stdout
 

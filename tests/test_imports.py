@@ -45,6 +45,8 @@ PARTS = {  # files that carry a part of one of the names above, or stand apart f
     "progressive": "pipeline",
     "infer": "pipeline",
     "look": "pipeline",
+    "compare": "pipeline",
+    "sweep": "pipeline",
     "starter": "cli",
     "terminal": "cli",
 }

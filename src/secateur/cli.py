@@ -28,6 +28,9 @@ app = typer.Typer(
     epilog="A first run on embedded data, half a minute: secateur run recipes/quickstart.yaml",
 )
 
+track = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Copy runs to a tracking store.")
+app.add_typer(track, name="track")
+
 Trust = Annotated[
     list[str] | None,
     typer.Option("--trust", metavar="MODULE", help="A module of yours that the checkpoint may import; repeatable."),
@@ -245,3 +248,85 @@ def report(
 
     atomic_write(folder / REPORT, render(read(folder / RECORDS)).encode())
     typer.echo(str(folder / REPORT))
+
+
+@app.command()
+@guarded
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, folders of those, or record files.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the page goes.")] = Path("compare.html"),
+    part: Annotated[str, typer.Option(help="Accuracy on which images: test or validation.")] = "test",
+) -> None:
+    """Put runs beside each other: accuracy against size and speed, over seeds, with the controls."""
+    from secateur.compare import compare as beside
+    from secateur.compare import write
+    from secateur.report.compared import table
+
+    if part not in ("test", "validation"):
+        raise typer.BadParameter(f"{part!r} is not one of test, validation", param_hint="--part")
+    found = beside(runs, part=part)
+    write(found, out)
+    typer.echo(table(found))
+    typer.echo(f"page: {out}")
+
+
+@app.command()
+@guarded
+def sweep(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe that the grid is put over.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values put on top of the recipe in all cells.")
+    ] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option("--grid", metavar="KEY=A,B,...", help="A key and its values, e.g. seed=0,1,2; repeatable."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at once; the processor's threads are divided.")] = 1,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Folder of the sweep. [default: runs/NAME-sweep]")
+    ] = None,
+) -> None:
+    """Run a recipe at every point of a grid, then compare; the same command again continues."""
+    from secateur.compare import PAGE
+    from secateur.recipe import load
+    from secateur.report.compared import table
+    from secateur.sweep import sweep as carry_out
+    from secateur.terminal import screen
+
+    folder = out or Path("runs") / f"{load(recipe, overrides or ()).name}-sweep"
+    try:
+        with screen() as shown:
+            result = carry_out(recipe, grid or (), folder, overrides=overrides or (), jobs=jobs, screen=shown)
+    except KeyboardInterrupt as stop:
+        raise type(stop)(f"Finished cells are kept; the same command with --out {folder} continues.") from None
+    if result.comparison:
+        typer.echo(table(result.comparison))
+        typer.echo(f"page: {folder / PAGE}")
+    if result.failed:
+        rows = [f"{cell.name}: {why}" for cell, why in result.failed]
+        count = f"{len(rows)} of {len(rows) + len(result.done)} cells failed"
+        _fail("\n  ".join([f"{count}; the same command tries them again:", *rows]), 1)
+
+
+@track.command()
+@guarded
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, finished or not.")],
+    uri: Annotated[
+        str | None,
+        typer.Option(
+            help="Server or store, e.g. http://host:5000, sqlite:///mlflow.db. [default: MLFLOW_TRACKING_URI]"
+        ),
+    ] = None,
+    experiment: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Experiment in MLflow. [default: the name of the recipe]")
+    ] = None,
+) -> None:
+    """Copy a run to MLflow: parameters, metrics, files; a second push adds only what is missing."""
+    from secateur.track.mlflow import push as copy
+
+    done = copy(folder, uri, experiment)
+    added = f"{done.params} parameters, {done.metrics} metric values, {len(done.files)} files"
+    typer.echo(f"run {done.run} of experiment {done.experiment}: {added} added")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from secateur.report.view import view
 from secateur.types import Record, SecateurError
@@ -27,6 +27,11 @@ def render(records: Sequence[Record]) -> str:
     """
     if not records:
         raise SecateurError("there are no records to report; is this the folder of a run?")
+    return template("page.html").render(view(records))
+
+
+def template(name: str) -> Template:
+    """Return a page of this folder, ready to render: text is escaped, a missing value is an error."""
     environment = Environment(
         loader=PackageLoader("secateur", "report"),
         autoescape=True,
@@ -36,4 +41,4 @@ def render(records: Sequence[Record]) -> str:
     )
     environment.filters["percent"] = percent
     environment.filters["json"] = lambda value: json.dumps(value, indent=1)
-    return environment.get_template("page.html").render(view(records))
+    return environment.get_template(name)

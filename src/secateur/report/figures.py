@@ -13,6 +13,15 @@ CHARACTER = 6.4  # width of one character of the axis font, pixels
 DOTS = 60  # curves with more points than this are drawn without dots
 
 
+# colours and strokes of a figure that stands alone; on a page they come from its style
+STYLE = (
+    "svg{font:11px sans-serif;background:#fff}text{fill:#59636e}.end{text-anchor:end}.middle{text-anchor:middle}"
+    ".grid{stroke:#d9dee4}line.cut{stroke:#c2410c;stroke-dasharray:3 3}text.cut{fill:#c2410c}"
+    "polyline{fill:none;stroke-width:1.8}polyline.after{stroke:none}.train{stroke:#7a8796}.validation{stroke:#1f6feb}"
+    ".after{stroke:#c2410c}circle.train{fill:#7a8796}circle.validation{fill:#1f6feb}circle.after{fill:#c2410c}"
+)
+
+
 @dataclass(frozen=True)
 class Line:
     """One curve: its name, the CSS class that gives its colour, and its points (x, y)."""
@@ -84,6 +93,12 @@ def chart(title: str, lines: Sequence[Line], marks: Sequence[Mark], percent: boo
         parts.append(f'<text x="{at + 23:.0f}" y="13">{escape(line.name)}</text>')
         at += 23 + len(line.name) * CHARACTER + 18
     return "".join([*parts, "</svg>"])
+
+
+def standalone(svg: str) -> str:
+    """Return a figure as a file of its own, with its style inside."""
+    head, _, body = svg.partition(">")
+    return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{STYLE}</style>{body}'
 
 
 def _dot(line: Line, box: Box, x: float, y: float) -> str:
