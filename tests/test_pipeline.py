@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,12 @@ def figures(folder: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pipeline.run(tiny(tmp_path_factory.mktemp("run") / "out"))
+
+
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Runs that were never interrupted, by the name of their options."""
+    return functools.cache(lambda name: pipeline.run(tiny(tmp_path_factory.mktemp("whole") / "out", *options(name))))
 
 
 def test_the_folder_holds_what_is_promised(finished: Path) -> None:
@@ -99,12 +107,9 @@ class Stop(KeyboardInterrupt):
     """Stands for Ctrl-C, SIGTERM or a kill at a chosen moment."""
 
 
-@pytest.mark.parametrize("at", [1, 3, 4, 6, 7])
-def test_a_run_stopped_anywhere_ends_in_the_same_bits(
-    at: int, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe, count = tiny(tmp_path / "out"), 0
-    append = Log.append
+def stopped_and_resumed(recipe: Recipe, at: int, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Run until record ``at`` is about to be written, then resume; return the folder."""
+    append, count = Log.append, 0
 
     def stopping(self: Log, stage: str, **data: object) -> object:
         nonlocal count
@@ -118,13 +123,40 @@ def test_a_run_stopped_anywhere_ends_in_the_same_bits(
         patch.setattr(Log, "append", stopping)
         with pytest.raises(Stop):
             pipeline.run(recipe)
-    assert not (tmp_path / "out" / "pruned.safetensors").exists()
-    pipeline.run(recipe, resume=True)
+    assert recipe.out is not None
+    assert not (Path(recipe.out) / "pruned.safetensors").exists()
+    return pipeline.run(recipe, resume=True)
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    """Assert that two runs ended in the same weights, bit for bit, and recorded the same figures."""
     for name in ("dense", "pruned"):
-        one, two = (sc.load(folder / f"{name}.safetensors").state_dict() for folder in (finished, tmp_path / "out"))
-        assert one.keys() == two.keys()
-        assert all(torch.equal(one[key], two[key]) for key in one)
-    assert figures(tmp_path / "out")[1:] == figures(finished)[1:]
+        a, b = (sc.load(folder / f"{name}.safetensors").state_dict() for folder in (one, two))
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    assert figures(one)[1:] == figures(two)[1:]
+
+
+@pytest.mark.parametrize("at", [1, 3, 4, 6, 7])
+def test_a_run_stopped_anywhere_ends_in_the_same_bits(
+    at: int, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_same_run(finished, stopped_and_resumed(tiny(tmp_path / "out"), at, monkeypatch))
+
+
+def options(name: str) -> list[str]:
+    return {
+        "average and blends": ["train.ema=0.9", "train.mixup=0.3", "train.warmup=1", "train.optimizer=rmsprop"],
+    }[name]
+
+
+@pytest.mark.parametrize("at", [2, 4])
+@pytest.mark.parametrize("name", ["average and blends"])
+def test_every_way_to_train_ends_in_the_same_bits_when_stopped(
+    name: str, at: int, whole_runs: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resumed = stopped_and_resumed(tiny(tmp_path / "out", *options(name)), at, monkeypatch)
+    assert_same_run(whole_runs(name), resumed)
 
 
 def test_a_stop_within_an_epoch_resumes_at_the_step(

@@ -29,7 +29,7 @@ from secateur.session import Run, Screen, costs, traced
 from secateur.ship import finish
 from secateur.stages import STAGES, allocate
 from secateur.track.local import Log
-from secateur.train.loop import Cursor
+from secateur.train.loop import Point
 from secateur.train.resume import State, read_state
 from secateur.types import Graph, Plan, RecipeError
 
@@ -59,14 +59,14 @@ def run(recipe: Recipe, folder: Path | None = None, *, resume: bool = False, scr
     run = Run(recipe, folder, data, dense, log, screen, whole(dense))
     screen.line(f"run folder: {folder}")
     model = _restored(run, saved) if saved else _started(run, device)
-    cursor, optimizer = (saved.cursor, saved.optimizer) if saved else (Cursor(), None)
+    point = saved.point if saved else Point()
     stages = plan_stages(recipe)
     for run.stage in range(saved.stage if saved else 0, len(stages)):
         kind, step = stages[run.stage]
-        model = STAGES[kind](run, model, step, cursor, optimizer)
-        cursor, optimizer = Cursor(), None
+        model = STAGES[kind](run, model, step, point)
+        point = Point()
         if run.stage + 1 < len(stages):
-            run.save_state(run.stage + 1, model)
+            run.save_state(run.stage + 1, model, point)
     finish(run, model)
     log.append("end", seconds=time.perf_counter() - begin, resumed=saved is not None)
     (folder / STATE).unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
+from secateur.conflicts import conflicts
 from secateur.problems import at, listing, nearest, schema_problems, shown
 from secateur.types import Budget, RecipeError, SecateurError
 from secateur.yaml_source import Path, parse
@@ -23,6 +24,7 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Rates = Literal["constant", "cosine", "one_cycle", "step"]
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 
 
@@ -70,17 +72,23 @@ class Train(Section):
     epochs: Annotated[int, Field(ge=0)] = 10
     """passes over the training images; 0 leaves the model as it is (with a checkpoint)"""
     batch_size: Count = 32
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    optimizer: Literal["adam", "adamw", "rmsprop", "sgd"] = "adam"
     lr: Positive = 1e-3
     """base learning rate"""
-    rate: Literal["constant", "cosine", "step"] = "constant"
-    """how the learning rate falls"""
+    rate: Rates = "constant"
+    """how the learning rate falls (one_cycle: rises first)"""
+    warmup: NotNegative = 0.0
+    """epochs in which the rate first rises from 1 % of lr; less than epochs"""
     weight_decay: NotNegative = 0.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """momentum of sgd, first beta of adam and adamw"""
+    """momentum of sgd and rmsprop, first beta of adam and adamw"""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     clip_norm: Positive | None = None
     """largest norm of all gradients together"""
+    mixup: NotNegative = 0.0
+    """train on blends of two images, their weight drawn from Beta(mixup, mixup); 0: off, 0.2 is usual"""
+    ema: Share | None = None
+    """validate and keep a moving average of the weights with this decay, 0.999 is usual (null: off)"""
 
 
 class Costs(Section):
@@ -136,6 +144,11 @@ class When(Section):
     steps: Annotated[int, Field(ge=1, le=1000)] = 1
     """number of cuts"""
 
+    @property
+    def cuts(self) -> int:
+        """The number of cuts that are made."""
+        return 1 if self.name == "once" else self.steps
+
 
 class Prune(Section):
     """What goes, and when."""
@@ -167,8 +180,10 @@ class Recover(Section):
     """epochs after the last cut (null: the same)"""
     lr: Positive | None = None
     """base learning rate (null: that of train; all other options are those of train)"""
-    rate: Literal["constant", "cosine", "step"] | None = None
+    rate: Rates | None = None
     """how the learning rate falls (null: as in train)"""
+    warmup: NotNegative = 0.0
+    """epochs in which the rate first rises from 1 % of lr; less than epochs"""
 
 
 class Measure(Section):
@@ -246,6 +261,7 @@ def loads(text: str, where: str = "recipe", overrides: Sequence[str] = ()) -> Re
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         problems = {**schema_problems(Recipe, values, error), **problems}
+    problems = problems or conflicts(recipe) if recipe else problems
     if problems or recipe is None:
         raise RecipeError(listing(where, values, places, problems))
     return recipe

@@ -22,7 +22,7 @@ from secateur.recipe import Data, Recipe
 from secateur.schedules import SCHEDULES
 from secateur.train.loop import Settings, draw
 from secateur.train.optimizers import OPTIMIZERS
-from secateur.train.rates import RATES
+from secateur.train.rates import RATES, warmed
 from secateur.types import CheckpointError, RecipeError
 
 
@@ -112,19 +112,21 @@ def targets(recipe: Recipe) -> tuple[float, ...]:
 def training(recipe: Recipe, phase: int, last: bool = False) -> Settings:
     """Return how to train: ``phase`` 0 is the dense model, k the recovery after cut k (``last``: of all)."""
     train, recover = recipe.train, recipe.recover
-    epochs, rate, lr = train.epochs, train.rate, train.lr
+    epochs, rate, lr, warmup = train.epochs, train.rate, train.lr, train.warmup
     if phase:
         epochs = recover.final_epochs if last and recover.final_epochs is not None else recover.epochs
         epochs *= {"finetune": 1, "none": 0}[recover.name]
-        rate, lr = recover.rate or rate, recover.lr or lr
+        rate, lr, warmup = recover.rate or rate, recover.lr or lr, recover.warmup
     make = OPTIMIZERS[train.optimizer]
     return Settings(
         epochs,
         train.batch_size,
         lambda parameters: make(parameters, lr, train.weight_decay, train.momentum),
-        RATES[rate],
+        warmed(RATES[rate], warmup / max(epochs, 1)),
         train.label_smoothing,
         train.clip_norm,
         AUGMENTATIONS[recipe.data.augment],
         draw(recipe.seed, phase),
+        train.mixup,
+        train.ema,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +17,8 @@ from secateur.measure import counts
 from secateur.measure.accuracy import Quality, evaluate
 from secateur.recipe import Recipe
 from secateur.track.local import Log
-from secateur.train.loop import Cursor
+from secateur.train.average import tensors_of
+from secateur.train.loop import Point
 from secateur.train.resume import State, write_state
 from secateur.types import Graph, Plan
 
@@ -55,12 +55,9 @@ class Run:
         """Return loss and accuracy of ``model`` on a part of the data."""
         return evaluate(model, self.data.batches(part, max(256, self.recipe.train.batch_size)))
 
-    def save_state(self, stage: int, model: nn.Module, cursor: Cursor | None = None, optimizer: Any = None) -> None:
+    def save_state(self, stage: int, model: nn.Module, point: Point) -> None:
         """Replace the saved state."""
-        state = optimizer.state_dict() if optimizer is not None else None
-        tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
-        plan = self.plan.to_json()
-        write_state(self.folder / STATE, State(stage, self.log.count, cursor or Cursor(), tensors, state, plan))
+        write_state(self.folder / STATE, State(stage, self.log.count, point, tensors_of(model), self.plan.to_json()))
 
     def shrunk(self, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
         """Return the model that ``plan`` makes of the dense one, with these weights."""
@@ -74,8 +71,8 @@ def traced(model: nn.Module, data: Dataset) -> Graph:
     return trace(model, data.batch(data.train[:EXAMPLES])[0])
 
 
-def figures(quality: Quality) -> dict[str, float]:
-    """Return loss and accuracies for a record."""
+def figures(quality: Quality) -> dict[str, float | None]:
+    """Return loss and accuracies for a record; ``top5`` is None where there are at most 5 classes."""
     return {"loss": quality.loss, "top1": quality.top1, "top5": quality.top5, "n": quality.n}
 
 

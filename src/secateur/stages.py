@@ -5,9 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 from glob import escape
-from typing import Any
 
-import torch
 from torch import nn
 
 from secateur import resolve
@@ -23,29 +21,29 @@ from secateur.recipe import Recipe
 from secateur.score import score
 from secateur.session import Run, figures, traced
 from secateur.ship import passport
-from secateur.train.loop import Cursor, Epoch, Watch, fit
+from secateur.train.loop import Epoch, Point, Watch, fit
 from secateur.train.resume import atomic_write
 from secateur.types import Budget, Graph, Plan, Proof, Scores, VerificationError
 
 SAVE_EVERY = 60.0  # seconds between saved states within an epoch
 
 
-def train(run: Run, model: nn.Module, step: int, cursor: Cursor, optimizer: Any) -> nn.Module:
+def train(run: Run, model: nn.Module, step: int, point: Point) -> nn.Module:
     """Train the dense model, save it, and record its accuracy."""
-    _fit(run, model, 0, cursor, optimizer)
+    _fit(run, model, 0, point)
     run.log.append("dense", **figures(run.quality(model)))
     save(model, run.folder / DENSE, recipe=run.recipe.hash, extra=passport(run.recipe, run.data))
     return model
 
 
-def recover(run: Run, model: nn.Module, step: int, cursor: Cursor, optimizer: Any) -> nn.Module:
+def recover(run: Run, model: nn.Module, step: int, point: Point) -> nn.Module:
     """Train the model after cut ``step``, and record its accuracy."""
-    _fit(run, model, step, cursor, optimizer)
+    _fit(run, model, step, point)
     run.log.append("recovered", step=step, **figures(run.quality(model)))
     return model
 
 
-def _fit(run: Run, model: nn.Module, step: int, cursor: Cursor, optimizer: Any) -> None:
+def _fit(run: Run, model: nn.Module, step: int, point: Point) -> None:
     settings = resolve.training(run.recipe, step, last=step == len(resolve.targets(run.recipe)))
     label = f"fine-tune after cut {step}" if step else "train"
     saved = time.monotonic()
@@ -57,9 +55,9 @@ def _fit(run: Run, model: nn.Module, step: int, cursor: Cursor, optimizer: Any) 
             f"validation loss {row.validation_loss:.4f}, accuracy {row.validation_accuracy:.2%}"
         )
 
-    def keep(cursor: Cursor, optimizer: torch.optim.Optimizer) -> None:
+    def keep(point: Point) -> None:
         nonlocal saved
-        run.save_state(run.stage, model, cursor, optimizer)
+        run.save_state(run.stage, model, point)
         saved = time.monotonic()
 
     watch = Watch(
@@ -68,10 +66,10 @@ def _fit(run: Run, model: nn.Module, step: int, cursor: Cursor, optimizer: Any) 
         lambda done, total: run.screen.progress(label, done, total),
         lambda: time.monotonic() - saved > SAVE_EVERY,
     )
-    fit(model, run.data, settings, begin=cursor, optimizer_state=optimizer, watch=watch)
+    fit(model, run.data, settings, begin=point, watch=watch)
 
 
-def cut(run: Run, model: nn.Module, step: int, cursor: Cursor, optimizer: Any) -> nn.Module:
+def cut(run: Run, model: nn.Module, step: int, point: Point) -> nn.Module:
     """Score, allocate, prove and cut; return the smaller model."""
     recipe, target = run.recipe, resolve.targets(run.recipe)[step - 1]
     begin = time.perf_counter()

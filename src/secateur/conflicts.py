@@ -1,0 +1,27 @@
+"""Values of a recipe that are right one by one and wrong together: dotted key -> what to do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from secateur.yaml_source import Path
+
+if TYPE_CHECKING:
+    from secateur.recipe import Recipe
+
+
+def conflicts(recipe: Recipe) -> dict[Path, str]:
+    """Return path -> rule for each value of ``recipe`` that another value rules out."""
+    return _warmups(recipe)
+
+
+def _warmups(recipe: Recipe) -> dict[Path, str]:
+    train, recover = recipe.train, recipe.recover
+    found: dict[Path, str] = {}
+    if 0 < train.epochs <= train.warmup:
+        found["train", "warmup"] = f"must be less than train.epochs = {train.epochs}"
+    last = recover.epochs if recover.final_epochs is None else recover.final_epochs
+    shortest = min([last, *([recover.epochs] if recipe.prune.schedule.cuts > 1 else [])])
+    if 0 < shortest <= recover.warmup:
+        found["recover", "warmup"] = f"must be less than the shortest recovery, {shortest} epochs"
+    return found
