@@ -147,11 +147,12 @@ def test_a_run_stopped_anywhere_ends_in_the_same_bits(
 def options(name: str) -> list[str]:
     return {
         "average and blends": ["train.ema=0.9", "train.mixup=0.3", "train.warmup=1", "train.optimizer=rmsprop"],
+        "bfloat16": ["train.precision=bfloat16", "train.channels_last=false"],
     }[name]
 
 
 @pytest.mark.parametrize("at", [2, 4])
-@pytest.mark.parametrize("name", ["average and blends"])
+@pytest.mark.parametrize("name", ["average and blends", "bfloat16"])
 def test_every_way_to_train_ends_in_the_same_bits_when_stopped(
     name: str, at: int, whole_runs: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +17,7 @@ from secateur.measure.accuracy import evaluate
 from secateur.models import MODELS
 from secateur.train import loop, resume
 from secateur.train.average import Average
+from secateur.train.layout import laid_out, like_weights
 from secateur.train.loop import Epoch, Point, Settings, TrainError, Watch, draw, fit, shuffled
 from secateur.train.mixup import mixup
 from secateur.train.optimizers import OPTIMIZERS
@@ -132,9 +134,90 @@ def test_averages_and_blends_resume_to_the_same_bits(
     options: dict[str, float], step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "CHECK_EVERY", 3)
-    cnn = lambda: (torch.manual_seed(1), MODELS["small_cnn"](image_size=8))[1]  # noqa: E731 - batch norm and its counts
     for make in (net, cnn):
         check_resumes(make, plan(**options), tmp_path / "state.safetensors", step)
+
+
+def cnn() -> nn.Module:
+    torch.manual_seed(1)
+    return MODELS["small_cnn"](image_size=8)
+
+
+class Viewing(nn.Module):
+    """A network whose code takes the usual order of the numbers for granted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(1, 4, 3), nn.Linear(144, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.conv(x).view(len(x), -1))
+
+
+@pytest.mark.parametrize("step", [0, 3])
+@pytest.mark.parametrize(
+    "options", [{"channels_last": True}, {"autocast": torch.bfloat16}, {"channels_last": True, "ema": 0.9}], ids=str
+)
+def test_layouts_and_types_resume_to_the_same_bits(
+    options: dict[str, object], step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "CHECK_EVERY", 3)
+    check_resumes(cnn, plan(**options), tmp_path / "state.safetensors", step)
+
+
+def test_the_layout_changes_the_last_digits_at_most_and_is_put_back() -> None:
+    models = [cnn(), cnn(), cnn()]
+    for model, chosen in zip(models, (False, True, None), strict=True):
+        seen: list[bool] = []
+        handle = model[3].register_forward_pre_hook(
+            lambda m, args: seen.append(m.weight.is_contiguous(memory_format=torch.channels_last))
+        )
+        fit(model, data(), plan("sgd", epochs=1, channels_last=chosen))
+        handle.remove()
+        assert set(seen) == {chosen is not False}
+        assert all(p.is_contiguous() for p in model.parameters())
+    plain, last, auto = (nn.utils.parameters_to_vector(m.parameters()) for m in models)
+    assert torch.allclose(plain, last, atol=1e-4)
+    assert torch.equal(last, auto)
+
+
+def test_auto_layout_asks_the_model() -> None:
+    inputs = torch.rand(2, 1, 8, 8)
+    wide, viewing = cnn(), Viewing()
+    assert laid_out(wide, inputs)
+    assert not wide[3].weight.is_contiguous()
+    assert not laid_out(net(), inputs)  # no convolution
+    assert not laid_out(viewing, inputs)  # refuses the other layout
+    assert viewing.conv.weight.stride() == (9, 9, 3, 1)
+    fit(Viewing(), data(), plan(epochs=1, channels_last=None))
+    with pytest.raises(RuntimeError, match="view"):
+        fit(Viewing(), data(), plan(epochs=1, channels_last=True))
+
+
+def test_bfloat16_is_of_the_products_alone() -> None:
+    model, seen = cnn(), []
+    model[0].register_forward_hook(lambda m, args, out: seen.append((m.training, m.weight.dtype, out.dtype)))
+    fit(model, data(), plan(epochs=1, autocast=torch.bfloat16))
+    assert set(seen) == {(True, torch.float32, torch.bfloat16), (False, torch.float32, torch.float32)}
+
+
+def test_compiled_training_is_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    eager = functools.partial(torch.compile, backend="eager")  # traces and guards, but no compiler runs
+    monkeypatch.setattr(torch, "compile", eager)
+    one, two = net()[0], net()[0]
+    fit(one, data(), plan(epochs=2))
+    fit(two, data(), plan(epochs=2, compiled=True))
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+    assert same(one, two)
+
+
+@pytest.mark.slow
+def test_compiled_training_is_the_same_to_rounding() -> None:
+    one, two = net()[0], net()[0]
+    fit(one, data(), plan("sgd", epochs=1))
+    fit(two, data(), plan("sgd", epochs=1, compiled=True))
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
 
 
 def test_the_average_is_the_recurrence_and_is_what_is_kept() -> None:
@@ -274,3 +357,13 @@ def test_batch_norm_is_trained_and_evaluated_in_its_modes() -> None:
     fit(model, digits, plan(batch_size=41))
     assert model.training
     assert int(model[1].num_batches_tracked) == 2
+
+
+def test_loaded_momenta_lie_like_their_weights() -> None:
+    weight = nn.Parameter(torch.rand(4, 3, 3, 3).contiguous(memory_format=torch.channels_last))
+    optimizer = OPTIMIZERS["adam"]([weight], 0.1, 0.0, 0.9)
+    momentum = torch.rand(4, 3, 3, 3)
+    optimizer.state[weight] = {"step": torch.tensor(1.0), "exp_avg": momentum}
+    like_weights(optimizer)
+    assert optimizer.state[weight]["exp_avg"].stride() == weight.stride()
+    assert torch.equal(optimizer.state[weight]["exp_avg"], momentum)

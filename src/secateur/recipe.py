@@ -89,6 +89,12 @@ class Train(Section):
     """train on blends of two images, their weight drawn from Beta(mixup, mixup); 0: off, 0.2 is usual"""
     ema: Share | None = None
     """validate and keep a moving average of the weights with this decay, 0.999 is usual (null: off)"""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of products and convolutions while training; auto: bfloat16 on a GPU that has it, else float32"""
+    channels_last: Literal["auto"] | bool = "auto"
+    """lay images out pixel by pixel while training (NHWC); auto: for convolutions that run that way"""
+    compile: bool = False
+    """run the training passes through torch.compile; pays where training is long"""
 
 
 class Costs(Section):

@@ -109,6 +109,13 @@ def targets(recipe: Recipe) -> tuple[float, ...]:
     return SCHEDULES[when.name](recipe.budget.keep, when.steps)
 
 
+def precision(recipe: Recipe) -> torch.dtype | None:
+    """Return the type that training casts to, None for float32 throughout."""
+    gpu = device(recipe).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    half = torch.bfloat16
+    return {"auto": half if gpu else None, "float32": None, "bfloat16": half}[recipe.train.precision]
+
+
 def training(recipe: Recipe, phase: int, last: bool = False) -> Settings:
     """Return how to train: ``phase`` 0 is the dense model, k the recovery after cut k (``last``: of all)."""
     train, recover = recipe.train, recipe.recover
@@ -129,4 +136,7 @@ def training(recipe: Recipe, phase: int, last: bool = False) -> Settings:
         draw(recipe.seed, phase),
         train.mixup,
         train.ema,
+        precision(recipe),
+        {"auto": None, True: True, False: False}[train.channels_last],
+        train.compile,
     )

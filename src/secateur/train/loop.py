@@ -21,6 +21,7 @@ from torch import nn
 from secateur.data.dataset import Dataset
 from secateur.measure.accuracy import Quality, evaluate, logits
 from secateur.train.average import Average
+from secateur.train.layout import laid_out, like_weights
 from secateur.train.mixup import mixup
 from secateur.train.rates import Rate, constant
 from secateur.types import SecateurError
@@ -40,6 +41,9 @@ class Settings:
     """How to train: ``optimizer`` makes the optimiser over the parameters and sets the base rate.
 
     ``mixup`` is the alpha of ``mixup.mixup``, ``ema`` the decay of ``average.Average``; 0 and None are off.
+    ``autocast`` is the type of the matrix products and convolutions (None: that of the weights, which stay float32
+    in any case, as do loss and validation); ``channels_last`` lays images and 4-D weights out that way meanwhile
+    (None: where ``layout.laid_out`` says so); ``compiled`` runs the training passes through ``torch.compile``.
     """
 
     epochs: int
@@ -52,6 +56,9 @@ class Settings:
     seed: int = 0
     mixup: float = 0.0
     ema: float | None = None
+    autocast: torch.dtype | None = None
+    channels_last: bool | None = False
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,6 +141,8 @@ def fit(
             work.watch.save(work.point(cursor))
     if work.average is not None:
         work.average.settle()
+    if work.channels_last:  # what follows must not depend on how the model was trained
+        model.to(memory_format=torch.contiguous_format)
     return work.point(cursor)
 
 
@@ -142,9 +151,17 @@ class _Work:
 
     def __init__(self, model: nn.Module, data: Dataset, settings: Settings, begin: Point, watch: Watch) -> None:
         self.model, self.data, self.settings, self.watch = model, data, settings, watch
+        self.channels_last = settings.channels_last
+        if self.channels_last is None:
+            self.channels_last = laid_out(model, data.batch(data.train[:2])[0])
+        elif self.channels_last:
+            model.to(memory_format=torch.channels_last)
+        # one graph per batch size: with one for all, the sizes seen first would decide about the last bits
+        self.forward = torch.compile(model, dynamic=False) if settings.compiled else model
         self.optimizer = settings.optimizer(p for p in model.parameters() if p.requires_grad)
         if begin.optimizer is not None:
             self.optimizer.load_state_dict(begin.optimizer)
+            like_weights(self.optimizer)
         self.average = None if settings.ema is None else Average(model, settings.ema, begin.average)
 
     def point(self, cursor: Cursor) -> Point:
@@ -203,17 +220,21 @@ def _train_epoch(work: _Work, cursor: Cursor) -> Cursor:
 
 def _step(work: _Work, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Take one optimiser step; return the mean loss, and the right answers among the best 1 and 5 scores."""
-    model, settings, optimizer, targets = work.model, work.settings, work.optimizer, labels
+    settings, optimizer, targets = work.settings, work.optimizer, labels
     if settings.augment is not None:
         inputs = settings.augment(inputs)
     if settings.mixup > 0:
         inputs, targets = mixup(inputs, labels, len(work.data.classes), settings.mixup)
-    scores = logits(model(inputs))
+    if work.channels_last:
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(inputs.device.type, settings.autocast, enabled=settings.autocast is not None):
+        scores = logits(work.forward(inputs))
+    scores = scores if settings.autocast is None else scores.float()
     loss = F.cross_entropy(scores, targets, label_smoothing=settings.label_smoothing)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     if settings.clip_norm is not None:
-        nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+        nn.utils.clip_grad_norm_(work.model.parameters(), settings.clip_norm)
     optimizer.step()
     right = scores.detach().topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
     return loss.detach(), torch.stack([right[:, 0].sum(), right.sum()])
