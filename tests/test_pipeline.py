@@ -147,12 +147,30 @@ def test_a_run_stopped_anywhere_ends_in_the_same_bits(
 def options(name: str) -> list[str]:
     return {
         "average and blends": ["train.ema=0.9", "train.mixup=0.3", "train.warmup=1", "train.optimizer=rmsprop"],
+        "distil": ["recover.name=distil", "recover.distil={features: 10.0}", "train.mixup=0.2"],
+        "rewind": ["recover={name: rewind, rewind: 1}", "train.epochs=3"],
+        "rewind to the beginning": ["recover={name: rewind, rewind: 0}"],
+        "scratch": ["recover={name: scratch, epochs: 1, final_epochs: 2}"],
+        "carried": ["recover.carry_optimizer=true", "recover.lr=0.001"],
+        "recalibrated": ["model={name: small_cnn}", "recover.recalibrate=3", "recover.epochs=1"],
         "bfloat16": ["train.precision=bfloat16", "train.channels_last=false"],
     }[name]
 
 
-@pytest.mark.parametrize("at", [2, 4])
-@pytest.mark.parametrize("name", ["average and blends", "bfloat16"])
+@pytest.mark.parametrize("at", [2, 4, 7])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "average and blends",
+        "bfloat16",
+        "carried",
+        "distil",
+        "recalibrated",
+        "rewind",
+        "rewind to the beginning",
+        "scratch",
+    ],
+)
 def test_every_way_to_train_ends_in_the_same_bits_when_stopped(
     name: str, at: int, whole_runs: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

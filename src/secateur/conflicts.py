@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def conflicts(recipe: Recipe) -> dict[Path, str]:
     """Return path -> rule for each value of ``recipe`` that another value rules out."""
-    return _warmups(recipe)
+    return _warmups(recipe) | _recoveries(recipe)
 
 
 def _warmups(recipe: Recipe) -> dict[Path, str]:
@@ -20,8 +20,24 @@ def _warmups(recipe: Recipe) -> dict[Path, str]:
     found: dict[Path, str] = {}
     if 0 < train.epochs <= train.warmup:
         found["train", "warmup"] = f"must be less than train.epochs = {train.epochs}"
+    if recover.name in ("none", "rewind", "scratch"):
+        return found
     last = recover.epochs if recover.final_epochs is None else recover.final_epochs
     shortest = min([last, *([recover.epochs] if recipe.prune.schedule.cuts > 1 else [])])
     if 0 < shortest <= recover.warmup:
         found["recover", "warmup"] = f"must be less than the shortest recovery, {shortest} epochs"
+    return found
+
+
+def _recoveries(recipe: Recipe) -> dict[Path, str]:
+    train, recover = recipe.train, recipe.recover
+    found: dict[Path, str] = {}
+    if recover.name == "rewind" and recover.rewind >= max(train.epochs, 1):
+        found["recover", "rewind"] = f"must be less than train.epochs = {train.epochs}: that training is run again"
+    if recover.name == "scratch" and not (train.epochs if recover.final_epochs is None else recover.final_epochs):
+        found["recover", "name"] = "new weights must be trained: set recover.final_epochs (or train.epochs)"
+    if recover.name in ("rewind", "scratch"):
+        why = f"does nothing with {recover.name}, which begins with other weights; leave it out"
+        keys = {"carry_optimizer": recover.carry_optimizer, "recalibrate": recover.recalibrate}
+        found |= {("recover", key): why for key, value in keys.items() if value}
     return found

@@ -19,7 +19,7 @@ from secateur.checkpoint import load
 from secateur.criteria import Magnitude
 from secateur.criteria.evidence import PER_SAMPLE
 from secateur.data import Dataset
-from secateur.folder import DENSE, RECORDS, STATE, choose, complete, write_recipe
+from secateur.folder import DENSE, RECORDS, REWIND, STATE, choose, complete, write_recipe
 from secateur.measure.accuracy import logits
 from secateur.measure.latency import describe
 from secateur.progressive import whole
@@ -63,13 +63,13 @@ def run(recipe: Recipe, folder: Path | None = None, *, resume: bool = False, scr
     stages = plan_stages(recipe)
     for run.stage in range(saved.stage if saved else 0, len(stages)):
         kind, step = stages[run.stage]
-        model = STAGES[kind](run, model, step, point)
-        point = Point()
+        model, point = STAGES[kind](run, model, step, point)
         if run.stage + 1 < len(stages):
             run.save_state(run.stage + 1, model, point)
     finish(run, model)
     log.append("end", seconds=time.perf_counter() - begin, resumed=saved is not None)
-    (folder / STATE).unlink(missing_ok=True)
+    for name in (STATE, REWIND):
+        (folder / name).unlink(missing_ok=True)
     return folder
 
 
@@ -130,4 +130,7 @@ def _restored(run: Run, state: State) -> nn.Module:
         device = run.data.source.images.device
         run.dense = traced(load(run.folder / DENSE, model=run.dense.model).to(device), run.data)
     run.plan = Plan.from_json(state.plan) if state.plan else whole(run.dense)
+    if state.stage < 2:  # before the first cut
+        run.dense.model.load_state_dict(state.model)
+        return run.dense.model
     return run.shrunk(state.model)

@@ -176,20 +176,41 @@ class Prune(Section):
     """group or module name patterns that stay whole"""
 
 
+class Distil(Section):
+    """Distillation: (1 - mix) loss + mix T^2 KL of the scores + features * difference of the last hidden layer."""
+
+    temperature: Positive = 4.0
+    """T, what the scores are divided by"""
+    mix: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """share of the teacher"""
+    features: NotNegative = 0.0
+    """weight of how differently both see which images are alike; 0: off, 3000 in its source"""
+
+
 class Recover(Section):
     """What happens after each cut."""
 
-    name: Literal["finetune", "none"] = "finetune"
+    name: Literal["distil", "finetune", "none", "rewind", "scratch"] = "finetune"
+    """distil: the dense model teaches; rewind: back to an epoch of its training; scratch: new weights at the end"""
     epochs: Annotated[int, Field(ge=0)] = 1
     """epochs after each cut but the last"""
     final_epochs: Annotated[int, Field(ge=0)] | None = None
-    """epochs after the last cut (null: the same)"""
+    """epochs after the last cut (null: the same; of scratch: those of train)"""
     lr: Positive | None = None
     """base learning rate (null: that of train; all other options are those of train)"""
     rate: Rates | None = None
     """how the learning rate falls (null: as in train)"""
     warmup: NotNegative = 0.0
     """epochs in which the rate first rises from 1 % of lr; less than epochs"""
+    recalibrate: Annotated[int, Field(ge=0)] = 0
+    """right after each cut, batches of training images that renew the statistics of batch norms (0: off)"""
+    carry_optimizer: bool = False
+    """keep the momenta of the units that stay; otherwise each recovery starts with a new optimiser"""
+    distil: Distil = Distil()
+    scratch: Literal["epochs", "compute"] = "epochs"
+    """scratch trains as many epochs as the dense model, or (compute) so many that the work is the same"""
+    rewind: Annotated[int, Field(ge=0)] = 1
+    """epoch of the dense training, 0 its beginning, that rewind goes back to"""
 
 
 class Measure(Section):

@@ -109,6 +109,15 @@ def targets(recipe: Recipe) -> tuple[float, ...]:
     return SCHEDULES[when.name](recipe.budget.keep, when.steps)
 
 
+def _recovery_epochs(recipe: Recipe, last: bool, left: float) -> int:
+    """Return the epochs of a recovery; of scratch (after the last cut) those of train unless the recipe says more."""
+    recover = recipe.recover
+    asked = recover.final_epochs if last and recover.final_epochs is not None else recover.epochs
+    again = recipe.train.epochs if recover.final_epochs is None else recover.final_epochs
+    scratch = round(again / {"epochs": 1.0, "compute": left}[recover.scratch]) if last else asked
+    return {"none": 0, "scratch": scratch}.get(recover.name, asked)
+
+
 def precision(recipe: Recipe) -> torch.dtype | None:
     """Return the type that training casts to, None for float32 throughout."""
     gpu = device(recipe).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -116,13 +125,15 @@ def precision(recipe: Recipe) -> torch.dtype | None:
     return {"auto": half if gpu else None, "float32": None, "bfloat16": half}[recipe.train.precision]
 
 
-def training(recipe: Recipe, phase: int, last: bool = False) -> Settings:
-    """Return how to train: ``phase`` 0 is the dense model, k the recovery after cut k (``last``: of all)."""
+def training(recipe: Recipe, phase: int, last: bool = False, left: float = 1.0) -> Settings:
+    """Return how to train: ``phase`` 0 is the dense model, k the recovery after cut k (``last``: of all).
+
+    ``left`` is the fraction of the dense model's multiply-accumulates that the model still needs.
+    """
     train, recover = recipe.train, recipe.recover
     epochs, rate, lr, warmup = train.epochs, train.rate, train.lr, train.warmup
-    if phase:
-        epochs = recover.final_epochs if last and recover.final_epochs is not None else recover.epochs
-        epochs *= {"finetune": 1, "none": 0}[recover.name]
+    if phase and {"rewind": False}.get(recover.name, True):
+        epochs = _recovery_epochs(recipe, last, left)
         rate, lr, warmup = recover.rate or rate, recover.lr or lr, recover.warmup
     make = OPTIMIZERS[train.optimizer]
     return Settings(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,8 @@ class Run:
 
     def shrunk(self, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
         """Return the model that ``plan`` makes of the dense one, with these weights."""
-        model = compact(self.dense, self.plan, verify=False) if self.plan.keep else self.dense.model
+        kept = self.plan.keep
+        model = compact(self.dense, self.plan, verify=False) if kept else copy.deepcopy(self.dense.model)
         model.load_state_dict(tensors)
         return model
 

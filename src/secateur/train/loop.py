@@ -28,6 +28,7 @@ from secateur.types import SecateurError
 
 CHECK_EVERY = 50  # steps between looks at the loss; each look waits for the device
 
+Guide = Callable[[torch.Tensor], Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]
 Parameters = Iterable[nn.Parameter]
 MakeOptimizer = Callable[[Parameters], torch.optim.Optimizer]
 
@@ -44,6 +45,7 @@ class Settings:
     ``autocast`` is the type of the matrix products and convolutions (None: that of the weights, which stay float32
     in any case, as do loss and validation); ``channels_last`` lays images and 4-D weights out that way meanwhile
     (None: where ``layout.laid_out`` says so); ``compiled`` runs the training passes through ``torch.compile``.
+    ``guide`` gets the inputs of a step and returns (scores, loss) -> loss.
     """
 
     epochs: int
@@ -59,6 +61,7 @@ class Settings:
     autocast: torch.dtype | None = None
     channels_last: bool | None = False
     compiled: bool = False
+    guide: Guide | None = None
 
 
 @dataclass(frozen=True)
@@ -228,9 +231,11 @@ def _step(work: _Work, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[torc
     if work.channels_last:
         inputs = inputs.contiguous(memory_format=torch.channels_last)
     with torch.autocast(inputs.device.type, settings.autocast, enabled=settings.autocast is not None):
+        judge = None if settings.guide is None else settings.guide(inputs)
         scores = logits(work.forward(inputs))
     scores = scores if settings.autocast is None else scores.float()
     loss = F.cross_entropy(scores, targets, label_smoothing=settings.label_smoothing)
+    loss = loss if judge is None else judge(scores, loss)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     if settings.clip_norm is not None:
