@@ -16,6 +16,7 @@ from secateur.folder import choose
 from secateur.pipeline import plan_stages
 from secateur.progressive import compose, relative, whole, widths
 from secateur.recipe import Recipe, loads
+from secateur.report.view import view
 from secateur.session import Screen, traced
 from secateur.track.local import Log, read
 from secateur.types import Budget, Plan, PlanError, RecipeError, VerificationError
@@ -153,6 +154,7 @@ def options(name: str) -> list[str]:
         "scratch": ["recover={name: scratch, epochs: 1, final_epochs: 2}"],
         "carried": ["recover.carry_optimizer=true", "recover.lr=0.001"],
         "recalibrated": ["model={name: small_cnn}", "recover.recalibrate=3", "recover.epochs=1"],
+        "every": ["prune.schedule={name: every, units: 3}", "prune.round_to=null", "recover.steps=9"],
         "bfloat16": ["train.precision=bfloat16", "train.channels_last=false"],
     }[name]
 
@@ -165,6 +167,7 @@ def options(name: str) -> list[str]:
         "bfloat16",
         "carried",
         "distil",
+        "every",
         "recalibrated",
         "rewind",
         "rewind to the beginning",
@@ -301,8 +304,65 @@ def test_a_failed_proof_stops_the_run(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_stages_follow_the_schedule() -> None:
-    assert plan_stages(loads(TINY)) == [("train", 0), ("cut", 1), ("recover", 1), ("cut", 2), ("recover", 2)]
-    assert len(plan_stages(loads(TINY, overrides=["prune.schedule={name: once, steps: 9}"]))) == 3
+    assert plan_stages(2) == [("train", 0), ("cut", 1), ("recover", 1), ("cut", 2), ("recover", 2)]
+    targets = lambda *words: resolve.targets(loads(TINY, overrides=words), 14)  # noqa: E731
+    assert len(targets("prune.schedule={name: once, steps: 9}")) == 1
+    assert targets("prune.schedule={name: every, units: 3}", "prune.round_to=null") == pytest.approx(
+        (11 / 14, 8 / 14, 0.43)
+    )
+
+
+def test_every_takes_so_many_units_at_a_time_and_trains_so_many_steps_between(tmp_path: Path) -> None:
+    folder = pipeline.run(tiny(tmp_path / "out", *options("every")))
+    records = read(folder / "records.jsonl")
+    kept = [round(r.data["achieved"]["units"] * 14) for r in records if r.stage == "cut"]
+    assert kept == [11, 8, 6]
+    plan = Plan.from_json((folder / "plan.json").read_text())
+    assert dict(plan.achieved)["units"] == pytest.approx(6 / 14)
+    rows = [(r.data["step"], r.data["epoch"]) for r in records if r.stage == "epoch"]
+    # 200 images are 7 steps of 32: 9 steps are a whole epoch and two steps
+    assert rows == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (3, 1)]
+
+
+@pytest.mark.parametrize(("drop", "back_to"), [(0.01, 0), (0.2, 3), (0.99, None)])
+def test_a_run_stops_when_too_much_is_lost_and_keeps_the_model_before(
+    drop: float, back_to: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [
+        f"prune.stop_drop={drop}",
+        "prune.schedule.steps=5",
+        "prune.budget={units: 0.3}",
+        "model={name: small_cnn}",
+        "prune.round_to=null",
+    ]
+    recipe = tiny(tmp_path / "out", "train={epochs: 12, lr: 0.01}", "recover={name: none}", *words)
+
+    def stopping(*things: object) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "finish", stopping)  # after the decision to stop, before anything is shipped
+        with pytest.raises(Stop):
+            pipeline.run(recipe)
+    folder = pipeline.run(recipe, resume=True)
+    records = read(folder / "records.jsonl")
+    dense = next(r.data["top1"] for r in records if r.stage == "dense")
+    tried = [r.data["top1"] for r in records if r.stage == "recovered"]
+    stopped = [r.data for r in records if r.stage == "stopped"]
+    assert all(dense - top1 <= drop for top1 in tried[: len(tried) - len(stopped)])
+    assert [row["back_to"] for row in stopped] == ([] if back_to is None else [back_to])
+    plan = Plan.from_json((folder / "plan.json").read_text())
+    if stopped:
+        assert dense - tried[-1] > drop
+        assert stopped[0]["back_to"] == len(tried) - 1
+        shown = {row["name"]: row["kept"] for row in view(records)["groups"]}
+        assert all(shown[name] == len(kept) for name, _, kept in plan.keep)
+        before = folder / "plans" / f"step_{len(tried) - 1}.json"
+        assert plan.keep == (Plan.from_json(before.read_text()).keep if len(tried) > 1 else ())
+        measured = next(r.data for r in records if r.stage == "measure")["measurements"]["pruned"]
+        held = next(m["value"] for m in measured if m["name"] == "validation top1")
+        assert held == pytest.approx(stopped[0]["top1"]) == pytest.approx([dense, *tried][len(tried) - 1])
+    assert not (folder / "held.safetensors").exists()
 
 
 def test_a_run_starts_from_a_checkpoint(finished: Path, tmp_path: Path) -> None:

@@ -285,6 +285,10 @@ def test_a_cut_that_keeps_everything_leaves_the_dense_model_alone(tmp_path: Path
         ("recover={name: scratch, final_epochs: 0}", "new weights must be trained"),
         ("recover={name: scratch, carry_optimizer: true}", "does nothing with scratch"),
         ("recover={name: rewind, recalibrate: 2}", "does nothing with rewind"),
+        ("recover={name: none, steps: 2}", "recover.steps = 2: does nothing with none"),
+        ("recover={steps: 2, warmup: 0.5}", "counts epochs"),
+        ("prune={schedule: {name: every}}", "prune.round_to: the schedule every takes units one by one"),
+        ("prune={schedule: {name: every}, budget: {macs: 0.5}, round_to: null}", "give budget.units"),
     ],
 )
 def test_what_does_not_go_together_is_named(override: str, part: str) -> None:

@@ -367,3 +367,20 @@ def test_loaded_momenta_lie_like_their_weights() -> None:
     like_weights(optimizer)
     assert optimizer.state[weight]["exp_avg"].stride() == weight.stride()
     assert torch.equal(optimizer.state[weight]["exp_avg"], momentum)
+
+
+def test_steps_end_within_an_epoch_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+
+    def rate(progress: float) -> float:
+        seen.append(progress)
+        return 1.0
+
+    rows: list[Epoch] = []
+    end = fit(net(), data(), plan(epochs=99, steps=8, rate=rate), watch=Watch(epoch=rows.append))
+    assert end.optimizer is not None
+    assert {int(state["step"]) for state in end.optimizer["state"].values()} == {8}  # 5 batches, then 3
+    assert seen == pytest.approx([k / 8 for k in range(8)])
+    assert [row.epoch for row in rows] == [0, 1]
+    monkeypatch.setattr(loop, "CHECK_EVERY", 2)
+    check_resumes(net, plan(steps=9, ema=0.9, rate=RATES["cosine"]), tmp_path / "state.safetensors", step=2)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def conflicts(recipe: Recipe) -> dict[Path, str]:
     """Return path -> rule for each value of ``recipe`` that another value rules out."""
-    return _warmups(recipe) | _recoveries(recipe)
+    return _warmups(recipe) | _recoveries(recipe) | _schedules(recipe)
 
 
 def _warmups(recipe: Recipe) -> dict[Path, str]:
@@ -23,7 +23,7 @@ def _warmups(recipe: Recipe) -> dict[Path, str]:
     if recover.name in ("none", "rewind", "scratch"):
         return found
     last = recover.epochs if recover.final_epochs is None else recover.final_epochs
-    shortest = min([last, *([recover.epochs] if recipe.prune.schedule.cuts > 1 else [])])
+    shortest = min([last, *([recover.epochs] if recipe.prune.schedule.several else [])])
     if 0 < shortest <= recover.warmup:
         found["recover", "warmup"] = f"must be less than the shortest recovery, {shortest} epochs"
     return found
@@ -40,4 +40,19 @@ def _recoveries(recipe: Recipe) -> dict[Path, str]:
         why = f"does nothing with {recover.name}, which begins with other weights; leave it out"
         keys = {"carry_optimizer": recover.carry_optimizer, "recalibrate": recover.recalibrate}
         found |= {("recover", key): why for key, value in keys.items() if value}
+    return found
+
+
+def _schedules(recipe: Recipe) -> dict[Path, str]:
+    prune, recover = recipe.prune, recipe.recover
+    found: dict[Path, str] = {}
+    if prune.schedule.name == "every":
+        if prune.budget.units is None:
+            found["prune", "budget"] = "the schedule every counts units: give budget.units"
+        if prune.round_to is not None:
+            found["prune", "round_to"] = "the schedule every takes units one by one: set round_to to null"
+    if recover.steps is not None and recover.name in ("none", "rewind"):
+        found["recover", "steps"] = f"does nothing with {recover.name}; leave it out"
+    if recover.steps is not None and recover.warmup > 0:
+        found["recover", "warmup"] = "counts epochs; leave it out where recover.steps counts steps"
     return found

@@ -19,7 +19,7 @@ from secateur.checkpoint import load
 from secateur.criteria import Magnitude
 from secateur.criteria.evidence import PER_SAMPLE
 from secateur.data import Dataset
-from secateur.folder import DENSE, RECORDS, REWIND, STATE, choose, complete, write_recipe
+from secateur.folder import DENSE, HELD, RECORDS, REWIND, STATE, choose, complete, write_recipe
 from secateur.measure.accuracy import logits
 from secateur.measure.latency import describe
 from secateur.progressive import whole
@@ -60,22 +60,24 @@ def run(recipe: Recipe, folder: Path | None = None, *, resume: bool = False, scr
     screen.line(f"run folder: {folder}")
     model = _restored(run, saved) if saved else _started(run, device)
     point = saved.point if saved else Point()
-    stages = plan_stages(recipe)
+    stages = plan_stages(len(run.targets))
     for run.stage in range(saved.stage if saved else 0, len(stages)):
         kind, step = stages[run.stage]
         model, point = STAGES[kind](run, model, step, point)
+        if run.stopped:
+            break
         if run.stage + 1 < len(stages):
             run.save_state(run.stage + 1, model, point)
     finish(run, model)
     log.append("end", seconds=time.perf_counter() - begin, resumed=saved is not None)
-    for name in (STATE, REWIND):
+    for name in (STATE, REWIND, HELD):
         (folder / name).unlink(missing_ok=True)
     return folder
 
 
-def plan_stages(recipe: Recipe) -> list[tuple[str, int]]:
-    """Return the stages as (kind, step): train, then cut and recover for each step."""
-    steps = range(1, len(resolve.targets(recipe)) + 1)
+def plan_stages(cuts: int) -> list[tuple[str, int]]:
+    """Return the stages as (kind, step): train, then cut and recover for each of the ``cuts``."""
+    steps = range(1, cuts + 1)
     return [("train", 0), *((kind, step) for step in steps for kind in ("cut", "recover"))]
 
 
@@ -125,7 +127,7 @@ def _started(run: Run, device: torch.device) -> nn.Module:
 def _restored(run: Run, state: State) -> nn.Module:
     """Return the model of a saved state; the run's dense graph and plan are brought to it."""
     run.log.append("resume", at=state.stage)
-    run.screen.line(f"resuming at stage {state.stage + 1} of {len(plan_stages(run.recipe)) + 1}")
+    run.screen.line(f"resuming at stage {state.stage + 1} of {len(plan_stages(len(run.targets))) + 1}")
     if state.stage > 0:
         device = run.data.source.images.device
         run.dense = traced(load(run.folder / DENSE, model=run.dense.model).to(device), run.data)

@@ -145,15 +145,17 @@ class Keep(Section):
 class When(Section):
     """The schedule: how many cuts lead to the budget."""
 
-    name: Literal["once", "iterative", "cubic"] = "iterative"
-    """once: one cut; iterative: cuts of equal size; cubic: large cuts first"""
+    name: Literal["cubic", "every", "iterative", "once"] = "iterative"
+    """once: one cut; iterative: cuts of equal size; cubic: large cuts first; every: some units at a time"""
     steps: Annotated[int, Field(ge=1, le=1000)] = 1
-    """number of cuts"""
+    """number of cuts (of iterative and cubic)"""
+    units: Count = 1
+    """units that go in one cut of every; recover.epochs or recover.steps is the training in between"""
 
     @property
-    def cuts(self) -> int:
-        """The number of cuts that are made."""
-        return 1 if self.name == "once" else self.steps
+    def several(self) -> bool:
+        """Whether there can be more than one cut."""
+        return self.name == "every" or (self.name != "once" and self.steps > 1)
 
 
 class Prune(Section):
@@ -174,6 +176,8 @@ class Prune(Section):
     """group or module name pattern -> fraction of its units that stays"""
     freeze: Names = ()
     """group or module name patterns that stay whole"""
+    stop_drop: Share | None = None
+    """stop when a recovered model is more than this below the dense one in validation accuracy, keep the one before"""
 
 
 class Distil(Section):
@@ -194,6 +198,8 @@ class Recover(Section):
     """distil: the dense model teaches; rewind: back to an epoch of its training; scratch: new weights at the end"""
     epochs: Annotated[int, Field(ge=0)] = 1
     """epochs after each cut but the last"""
+    steps: Count | None = None
+    """optimiser steps after each cut but the last, in place of epochs"""
     final_epochs: Annotated[int, Field(ge=0)] | None = None
     """epochs after the last cut (null: the same; of scratch: those of train)"""
     lr: Positive | None = None

@@ -15,20 +15,23 @@ from torch import nn
 
 from secateur import resolve
 from secateur.compact import LINEAGE, Surgery, compact_optimizer, reshape
-from secateur.folder import REWIND
+from secateur.folder import HELD, REWIND
+from secateur.measure.accuracy import Quality
+from secateur.progressive import whole
 from secateur.session import Run, figures
+from secateur.track.local import read
 from secateur.train.average import tensors_of
 from secateur.train.distil import taught
 from secateur.train.loop import Cursor, Guide, Point, Settings, draw, shuffled
 from secateur.train.restart import begin_anew, cut_along, recalibrate
-from secateur.train.resume import atomic_write
-from secateur.types import CheckpointError, Graph
+from secateur.train.resume import State, atomic_write, read_state, write_state
+from secateur.types import CheckpointError, Graph, Plan
 
 
 def settings(run: Run, step: int) -> Settings:
     """Return how to train in phase ``step`` (0: the dense model)."""
     left = dict(run.plan.achieved).get("macs", 1.0)
-    return resolve.training(run.recipe, step, last=step == len(resolve.targets(run.recipe)), left=left)
+    return resolve.training(run.recipe, step, last=step == len(run.targets), left=left)
 
 
 def begin(run: Run, model: nn.Module, step: int, point: Point) -> Point:
@@ -55,7 +58,7 @@ def _as_cut(run: Run, model: nn.Module, step: int, point: Point) -> Point:
 
 def _anew(run: Run, model: nn.Module, step: int, point: Point) -> Point:
     """After the last cut: draw all weights again."""
-    if step < len(resolve.targets(run.recipe)):
+    if step < len(run.targets):
         return point
     recipe = run.recipe
     built = recipe.model.model_copy(update={"checkpoint": None})
@@ -93,6 +96,33 @@ def mark(run: Run, model: nn.Module, point: Point) -> None:
     if point.cursor == wanted:
         plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors_of(model).items()}
         atomic_write(Path(run.folder / REWIND), save(plain))
+
+
+def holds(run: Run, model: nn.Module, step: int, quality: Quality) -> bool:
+    """Return whether the recovered ``model`` is as good as ``prune.stop_drop`` asks; if so, keep it on the disk."""
+    allowed = run.recipe.prune.stop_drop
+    if allowed is None:
+        return True
+    dense = next(record.data for record in read(run.log.path) if record.stage == "dense")
+    if dense["top1"] - quality.top1 > allowed:
+        return False
+    write_state(run.folder / HELD, State(step, run.log.count, Point(), tensors_of(model), run.plan.to_json()))
+    return True
+
+
+def back(run: Run, step: int) -> nn.Module:
+    """Return the last model that held, or a copy of the dense one; the run's plan becomes that of it."""
+    path = run.folder / HELD
+    state = read_state(path) if path.exists() else State(0, 0, Point(), tensors_of(run.dense.model))
+    run.plan = Plan.from_json(state.plan) if state.plan else whole(run.dense)
+    model = run.shrunk(state.model)
+    run.log.append("stopped", step=step, back_to=state.stage, **figures(run.quality(model)))
+    kept = f"the model of cut {state.stage}" if state.stage else "the dense model"
+    run.screen.line(
+        f"stopped: after cut {step} the validation accuracy is more than {run.recipe.prune.stop_drop:.2%} "
+        f"below that of the dense model; {kept} is kept"
+    )
+    return model
 
 
 @contextmanager

@@ -103,10 +103,10 @@ def criterion(recipe: Recipe) -> Criterion:
     return Costed(chosen, macs=cost.macs, params=cost.params) if cost.macs or cost.params else chosen
 
 
-def targets(recipe: Recipe) -> tuple[float, ...]:
-    """Return the fraction of the dense model that stays after each cut."""
+def targets(recipe: Recipe, total: int) -> tuple[float, ...]:
+    """Return the fraction of the dense model, with its ``total`` prunable units, that stays after each cut."""
     when = recipe.prune.schedule
-    return SCHEDULES[when.name](recipe.budget.keep, when.steps)
+    return SCHEDULES[when.name](recipe.budget.keep, when.steps, total, when.units)
 
 
 def _recovery_epochs(recipe: Recipe, last: bool, left: float) -> int:
@@ -116,6 +116,11 @@ def _recovery_epochs(recipe: Recipe, last: bool, left: float) -> int:
     again = recipe.train.epochs if recover.final_epochs is None else recover.final_epochs
     scratch = round(again / {"epochs": 1.0, "compute": left}[recover.scratch]) if last else asked
     return {"none": 0, "scratch": scratch}.get(recover.name, asked)
+
+
+def _recovery_steps(recipe: Recipe) -> int | None:
+    """Return the optimiser steps of a recovery but the last, None where it is told in epochs."""
+    return {"none": None, "rewind": None}.get(recipe.recover.name, recipe.recover.steps)
 
 
 def precision(recipe: Recipe) -> torch.dtype | None:
@@ -150,4 +155,5 @@ def training(recipe: Recipe, phase: int, last: bool = False, left: float = 1.0) 
         precision(recipe),
         {"auto": None, True: True, False: False}[train.channels_last],
         train.compile,
+        steps=_recovery_steps(recipe) if phase and not last else None,
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from secateur import resolve
 from secateur.compact import compact
 from secateur.data import Dataset
 from secateur.folder import STATE
@@ -36,7 +37,10 @@ class Screen:
 
 @dataclass(eq=False)
 class Run:
-    """Everything the stages share.  ``plan`` is what was cut so far, as a plan of the dense graph."""
+    """Everything the stages share.
+
+    ``plan`` is what was cut so far, as a plan of the dense graph; ``stopped`` says that no cut follows.
+    """
 
     recipe: Recipe
     folder: Path
@@ -46,11 +50,17 @@ class Run:
     screen: Screen
     plan: Plan
     stage: int = 0
+    stopped: bool = False
 
     @property
     def example(self) -> torch.Tensor:
         """The inputs that the model was traced on."""
         return self.dense.args[0]
+
+    @property
+    def targets(self) -> tuple[float, ...]:
+        """The fraction of the dense model that stays after each cut."""
+        return resolve.targets(self.recipe, prunable(self.dense))
 
     def quality(self, model: nn.Module, part: str = "validation") -> Quality:
         """Return loss and accuracy of ``model`` on a part of the data."""
@@ -66,6 +76,11 @@ class Run:
         model = compact(self.dense, self.plan, verify=False) if kept else copy.deepcopy(self.dense.model)
         model.load_state_dict(tensors)
         return model
+
+
+def prunable(graph: Graph) -> int:
+    """Return the number of units in groups that can be cut."""
+    return sum(group.units for group in graph.groups if group.prunable)
 
 
 def traced(model: nn.Module, data: Dataset) -> Graph:

@@ -42,20 +42,23 @@ def train(run: Run, model: nn.Module, step: int, point: Point) -> Out:
 def recover(run: Run, model: nn.Module, step: int, point: Point) -> Out:
     """Train the model after cut ``step``, and record its accuracy."""
     end = _fit(run, model, step, recovery.begin(run, model, step, point))
-    run.log.append("recovered", step=step, **figures(run.quality(model)))
-    return model, end
+    quality = run.quality(model)
+    run.log.append("recovered", step=step, **figures(quality))
+    run.stopped = not recovery.holds(run, model, step, quality)
+    return (recovery.back(run, step) if run.stopped else model), end
 
 
 def _fit(run: Run, model: nn.Module, step: int, point: Point) -> Point:
     """Train; return the memory of the optimiser where the recipe carries it on."""
     settings = recovery.settings(run, step)
+    length = f"{settings.epochs}" if settings.steps is None else f"{settings.steps} steps"
     label = f"{run.recipe.recover.name} after cut {step}" if step else "train"
     saved = time.monotonic()
 
     def epoch(row: Epoch) -> None:
         run.log.append("epoch", step=step, **asdict(row))
         run.screen.line(
-            f"{label}, epoch {row.epoch + 1}/{settings.epochs}: loss {row.train_loss:.4f}, "
+            f"{label}, epoch {row.epoch + 1}/{length}: loss {row.train_loss:.4f}, "
             f"validation loss {row.validation_loss:.4f}, accuracy {row.validation_accuracy:.2%}"
         )
 
@@ -79,7 +82,7 @@ def _fit(run: Run, model: nn.Module, step: int, point: Point) -> Point:
 
 def cut(run: Run, model: nn.Module, step: int, point: Point) -> Out:
     """Score, allocate, prove and cut; return the smaller model."""
-    recipe, target = run.recipe, resolve.targets(run.recipe)[step - 1]
+    recipe, target = run.recipe, run.targets[step - 1]
     begin = time.perf_counter()
     graph = run.dense if model is run.dense.model else traced(model, run.data)
     before = run.quality(model)

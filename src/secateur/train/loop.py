@@ -45,7 +45,8 @@ class Settings:
     ``autocast`` is the type of the matrix products and convolutions (None: that of the weights, which stay float32
     in any case, as do loss and validation); ``channels_last`` lays images and 4-D weights out that way meanwhile
     (None: where ``layout.laid_out`` says so); ``compiled`` runs the training passes through ``torch.compile``.
-    ``guide`` gets the inputs of a step and returns (scores, loss) -> loss.
+    ``guide`` gets the inputs of a step and returns (scores, loss) -> loss.  ``steps``: so
+    many optimiser steps instead of ``epochs``.
     """
 
     epochs: int
@@ -62,6 +63,7 @@ class Settings:
     channels_last: bool | None = False
     compiled: bool = False
     guide: Guide | None = None
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def fit(
     cursor = point.cursor
     devices = [data.source.images.device] if data.source.images.is_cuda else []
     with torch.random.fork_rng(devices):
-        while cursor.epoch < settings.epochs:
+        while cursor.epoch * work.per_epoch < work.total:
             started = time.perf_counter()
             cursor = _train_epoch(work, cursor)
             quality = work.quality()
@@ -165,6 +167,8 @@ class _Work:
         if begin.optimizer is not None:
             self.optimizer.load_state_dict(begin.optimizer)
             like_weights(self.optimizer)
+        self.per_epoch = len(shuffled(data.train, settings.batch_size, 0))
+        self.total = settings.epochs * self.per_epoch if settings.steps is None else settings.steps
         self.average = None if settings.ema is None else Average(model, settings.ema, begin.average)
 
     def point(self, cursor: Cursor) -> Point:
@@ -196,6 +200,8 @@ def _train_epoch(work: _Work, cursor: Cursor) -> Cursor:
     """Run the steps of one epoch from ``cursor`` on; return the cursor at its end."""
     data, settings, optimizer, watch = work.data, work.settings, work.optimizer, work.watch
     batches = shuffled(data.train, settings.batch_size, draw(settings.seed, cursor.epoch))
+    before = cursor.epoch * work.per_epoch
+    batches = batches[: work.total - before]  # the last epoch may be cut short
     base = [group.setdefault("base_lr", group["lr"]) for group in optimizer.param_groups]
     device = data.source.images.device
     loss_sum = torch.tensor(cursor.loss, dtype=torch.float64, device=device)
@@ -203,19 +209,19 @@ def _train_epoch(work: _Work, cursor: Cursor) -> Cursor:
     work.model.train()
     for step in range(cursor.step, len(batches)):
         torch.manual_seed(draw(settings.seed, cursor.epoch, step))
-        factor = settings.rate((cursor.epoch + step / len(batches)) / settings.epochs)
+        factor = settings.rate((before + step) / work.total)
         for group, rate in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = rate * factor
         inputs, labels = data.batch(batches[step])
         loss, right = _step(work, inputs, labels)
         if work.average is not None:
-            work.average.update(cursor.epoch * len(batches) + step)
+            work.average.update(before + step)
         loss_sum += loss * len(labels)
         hits += right
         cursor = replace(cursor, step=step + 1, seen=cursor.seen + len(labels))
         if cursor.step % CHECK_EVERY == 0 or cursor.step == len(batches):
             cursor = _looked(cursor, loss_sum, hits)
-            watch.progress(cursor.epoch * len(batches) + cursor.step, settings.epochs * len(batches))
+            watch.progress(before + cursor.step, work.total)
             if cursor.step < len(batches) and watch.due():
                 watch.save(work.point(cursor))
     return cursor
