@@ -132,7 +132,7 @@ def _restored(run: Run, state: State) -> nn.Module:
         device = run.data.source.images.device
         run.dense = traced(load(run.folder / DENSE, model=run.dense.model).to(device), run.data)
     run.plan = Plan.from_json(state.plan) if state.plan else whole(run.dense)
-    if state.stage < 2:  # before the first cut
+    if state.stage < 2 and not run.plan.keep:  # before the first cut
         run.dense.model.load_state_dict(state.model)
         return run.dense.model
     return run.shrunk(state.model)
