@@ -279,7 +279,7 @@ def test_signals_leave_a_run_that_resumes(number: signal.Signals, recipe: Path, 
         assert message.startswith("error: interrupted. Continue with: ")
         assert "Traceback" not in message
     state = resume.read_state(out / "state.safetensors")
-    assert 0 < state.cursor.epoch <= 500
+    assert 0 < state.point.cursor.epoch <= 500
     assert not (out / "pruned.safetensors").exists()
 
 

@@ -35,6 +35,8 @@ PARTS = {  # files that carry a part of one of the names above, or stand apart f
     "rebuild": "checkpoint",
     "recipe": "pipeline",
     "problems": "pipeline",
+    "conflicts": "pipeline",
+    "recovery": "pipeline",
     "yaml_source": "pipeline",
     "resolve": "pipeline",
     "folder": "pipeline",

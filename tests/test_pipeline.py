@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from secateur.folder import choose
 from secateur.pipeline import plan_stages
 from secateur.progressive import compose, relative, whole, widths
 from secateur.recipe import Recipe, loads
+from secateur.report.view import view
 from secateur.session import Screen, traced
 from secateur.track.local import Log, read
 from secateur.types import Budget, Plan, PlanError, RecipeError, VerificationError
@@ -47,6 +50,12 @@ def figures(folder: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pipeline.run(tiny(tmp_path_factory.mktemp("run") / "out"))
+
+
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Runs that were never interrupted, by the name of their options."""
+    return functools.cache(lambda name: pipeline.run(tiny(tmp_path_factory.mktemp("whole") / "out", *options(name))))
 
 
 def test_the_folder_holds_what_is_promised(finished: Path) -> None:
@@ -99,12 +108,9 @@ class Stop(KeyboardInterrupt):
     """Stands for Ctrl-C, SIGTERM or a kill at a chosen moment."""
 
 
-@pytest.mark.parametrize("at", [1, 3, 4, 6, 7])
-def test_a_run_stopped_anywhere_ends_in_the_same_bits(
-    at: int, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe, count = tiny(tmp_path / "out"), 0
-    append = Log.append
+def stopped_and_resumed(recipe: Recipe, at: int, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Run until record ``at`` is about to be written, then resume; return the folder."""
+    append, count = Log.append, 0
 
     def stopping(self: Log, stage: str, **data: object) -> object:
         nonlocal count
@@ -118,13 +124,61 @@ def test_a_run_stopped_anywhere_ends_in_the_same_bits(
         patch.setattr(Log, "append", stopping)
         with pytest.raises(Stop):
             pipeline.run(recipe)
-    assert not (tmp_path / "out" / "pruned.safetensors").exists()
-    pipeline.run(recipe, resume=True)
+    assert recipe.out is not None
+    assert not (Path(recipe.out) / "pruned.safetensors").exists()
+    return pipeline.run(recipe, resume=True)
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    """Assert that two runs ended in the same weights, bit for bit, and recorded the same figures."""
     for name in ("dense", "pruned"):
-        one, two = (sc.load(folder / f"{name}.safetensors").state_dict() for folder in (finished, tmp_path / "out"))
-        assert one.keys() == two.keys()
-        assert all(torch.equal(one[key], two[key]) for key in one)
-    assert figures(tmp_path / "out")[1:] == figures(finished)[1:]
+        a, b = (sc.load(folder / f"{name}.safetensors").state_dict() for folder in (one, two))
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    assert figures(one)[1:] == figures(two)[1:]
+
+
+@pytest.mark.parametrize("at", [1, 3, 4, 6, 7])
+def test_a_run_stopped_anywhere_ends_in_the_same_bits(
+    at: int, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_same_run(finished, stopped_and_resumed(tiny(tmp_path / "out"), at, monkeypatch))
+
+
+def options(name: str) -> list[str]:
+    return {
+        "average and blends": ["train.ema=0.9", "train.mixup=0.3", "train.warmup=1", "train.optimizer=rmsprop"],
+        "distil": ["recover.name=distil", "recover.distil={features: 10.0}", "train.mixup=0.2"],
+        "rewind": ["recover={name: rewind, rewind: 1}", "train.epochs=3"],
+        "rewind to the beginning": ["recover={name: rewind, rewind: 0}"],
+        "scratch": ["recover={name: scratch, epochs: 1, final_epochs: 2}"],
+        "carried": ["recover.carry_optimizer=true", "recover.lr=0.001"],
+        "recalibrated": ["model={name: small_cnn}", "recover.recalibrate=3", "recover.epochs=1"],
+        "every": ["prune.schedule={name: every, units: 3}", "prune.round_to=null", "recover.steps=9"],
+        "bfloat16": ["train.precision=bfloat16", "train.channels_last=false"],
+    }[name]
+
+
+@pytest.mark.parametrize("at", [2, 4, 7])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "average and blends",
+        "bfloat16",
+        "carried",
+        "distil",
+        "every",
+        "recalibrated",
+        "rewind",
+        "rewind to the beginning",
+        "scratch",
+    ],
+)
+def test_every_way_to_train_ends_in_the_same_bits_when_stopped(
+    name: str, at: int, whole_runs: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resumed = stopped_and_resumed(tiny(tmp_path / "out", *options(name)), at, monkeypatch)
+    assert_same_run(whole_runs(name), resumed)
 
 
 def test_a_stop_within_an_epoch_resumes_at_the_step(
@@ -250,8 +304,65 @@ def test_a_failed_proof_stops_the_run(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_stages_follow_the_schedule() -> None:
-    assert plan_stages(loads(TINY)) == [("train", 0), ("cut", 1), ("recover", 1), ("cut", 2), ("recover", 2)]
-    assert len(plan_stages(loads(TINY, overrides=["prune.schedule={name: once, steps: 9}"]))) == 3
+    assert plan_stages(2) == [("train", 0), ("cut", 1), ("recover", 1), ("cut", 2), ("recover", 2)]
+    targets = lambda *words: resolve.targets(loads(TINY, overrides=words), 14)  # noqa: E731
+    assert len(targets("prune.schedule={name: once, steps: 9}")) == 1
+    assert targets("prune.schedule={name: every, units: 3}", "prune.round_to=null") == pytest.approx(
+        (11 / 14, 8 / 14, 0.43)
+    )
+
+
+def test_every_takes_so_many_units_at_a_time_and_trains_so_many_steps_between(tmp_path: Path) -> None:
+    folder = pipeline.run(tiny(tmp_path / "out", *options("every")))
+    records = read(folder / "records.jsonl")
+    kept = [round(r.data["achieved"]["units"] * 14) for r in records if r.stage == "cut"]
+    assert kept == [11, 8, 6]
+    plan = Plan.from_json((folder / "plan.json").read_text())
+    assert dict(plan.achieved)["units"] == pytest.approx(6 / 14)
+    rows = [(r.data["step"], r.data["epoch"]) for r in records if r.stage == "epoch"]
+    # 200 images are 7 steps of 32: 9 steps are a whole epoch and two steps
+    assert rows == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (3, 1)]
+
+
+@pytest.mark.parametrize(("drop", "back_to"), [(0.01, 0), (0.2, 3), (0.99, None)])
+def test_a_run_stops_when_too_much_is_lost_and_keeps_the_model_before(
+    drop: float, back_to: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [
+        f"prune.stop_drop={drop}",
+        "prune.schedule.steps=5",
+        "prune.budget={units: 0.3}",
+        "model={name: small_cnn}",
+        "prune.round_to=null",
+    ]
+    recipe = tiny(tmp_path / "out", "train={epochs: 12, lr: 0.01}", "recover={name: none}", *words)
+
+    def stopping(*things: object) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "finish", stopping)  # after the decision to stop, before anything is shipped
+        with pytest.raises(Stop):
+            pipeline.run(recipe)
+    folder = pipeline.run(recipe, resume=True)
+    records = read(folder / "records.jsonl")
+    dense = next(r.data["top1"] for r in records if r.stage == "dense")
+    tried = [r.data["top1"] for r in records if r.stage == "recovered"]
+    stopped = [r.data for r in records if r.stage == "stopped"]
+    assert all(dense - top1 <= drop for top1 in tried[: len(tried) - len(stopped)])
+    assert [row["back_to"] for row in stopped] == ([] if back_to is None else [back_to])
+    plan = Plan.from_json((folder / "plan.json").read_text())
+    if stopped:
+        assert dense - tried[-1] > drop
+        assert stopped[0]["back_to"] == len(tried) - 1
+        shown = {row["name"]: row["kept"] for row in view(records)["groups"]}
+        assert all(shown[name] == len(kept) for name, _, kept in plan.keep)
+        before = folder / "plans" / f"step_{len(tried) - 1}.json"
+        assert plan.keep == (Plan.from_json(before.read_text()).keep if len(tried) > 1 else ())
+        measured = next(r.data for r in records if r.stage == "measure")["measurements"]["pruned"]
+        held = next(m["value"] for m in measured if m["name"] == "validation top1")
+        assert held == pytest.approx(stopped[0]["top1"]) == pytest.approx([dense, *tried][len(tried) - 1])
+    assert not (folder / "held.safetensors").exists()
 
 
 def test_a_run_starts_from_a_checkpoint(finished: Path, tmp_path: Path) -> None:

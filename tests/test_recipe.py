@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -14,10 +15,12 @@ from packed import write_packed
 from secateur import pipeline
 from secateur.data import SOURCES
 from secateur.models import MODELS
-from secateur.recipe import Recipe, json_schema, load, loads
+from secateur.recipe import Recipe, Train, When, json_schema, load, loads
 from secateur.schedules import SCHEDULES
 from secateur.starter import starter
 from secateur.track.local import read
+from secateur.train.optimizers import OPTIMIZERS
+from secateur.train.rates import RATES
 from secateur.types import RecipeError
 
 ROOT = Path(__file__).parent.parent
@@ -40,7 +43,7 @@ def test_all_problems_are_listed_in_the_order_of_the_file() -> None:
         "the recipe r.yaml has 7 problems:",
         "r.yaml:4:3: train.lrr = 3: unknown key; did you mean 'lr'?",
         "r.yaml:5:3: train.lr = -1: must be greater than 0.",
-        "r.yaml:6:3: train.optimizer = 'adm': must be 'adam', 'adamw' or 'sgd'; did you mean 'adam'?",
+        "r.yaml:6:3: train.optimizer = 'adm': must be 'adam', 'adamw', 'rmsprop' or 'sgd'; did you mean 'adam'?",
         "r.yaml:8:3: prune.round_to = 1.5: must be 'auto' or must be a valid integer.",
         "r.yaml:9:15: prune.criterion.name = 'tailor': must be one of bn_scale, fisher, magnitude, random, "
         "taylor; did you mean 'taylor'?",
@@ -79,6 +82,11 @@ def test_all_problems_are_listed_in_the_order_of_the_file() -> None:
         ("version: 1\nname: x\nprune: {criterion: {args: {form: papr}}}", "paper, elementwise"),
         ("version: 1\nname: x\nmodel: {name: resnet-20}", "did you mean 'resnet20'?"),
         ("version: 1\nname: x\nmeasure: {batch_sizes: [1, x]}", "measure.batch_sizes.1 = 'x'"),
+        (
+            "version: 1\nname: x\ntrain: {epochs: 3, warmup: 3}",
+            "r.yaml:3:20: train.warmup = 3: must be less than train",
+        ),
+        ("version: 1\nname: x\nrecover: {epochs: 2, warmup: 2}", "less than the shortest recovery, 2 epochs"),
         ("a: 1\na: 2", "r.yaml:2:1: this is not valid YAML: found duplicate key"),
         ("a: [", "r.yaml:1:5: this is not valid YAML"),
         ("a: &x [1]\nb: *x", "aliases"),
@@ -90,6 +98,13 @@ def test_all_problems_are_listed_in_the_order_of_the_file() -> None:
 )
 def test_a_mistake_has_a_message_of_its_own(text: str, part: str) -> None:
     assert part in message(text)
+
+
+def test_the_words_of_the_schema_are_those_of_the_registries() -> None:
+    fields = Train.model_fields
+    assert set(get_args(fields["rate"].annotation)) == set(RATES)
+    assert set(get_args(fields["optimizer"].annotation)) == set(OPTIMIZERS)
+    assert set(get_args(When.model_fields["name"].annotation)) == set(SCHEDULES)
 
 
 def test_overrides_are_yaml_and_their_place_is_the_command_line() -> None:

@@ -14,6 +14,7 @@ from secateur.train.resume import atomic_write
 from secateur.types import RecipeError
 
 RECIPE, RECORDS, STATE, REPORT = "recipe.yaml", "records.jsonl", "state.safetensors", "report.html"
+REWIND, HELD = "rewind.safetensors", "held.safetensors"
 DENSE, PRUNED, PLAN, PROOF = "dense.safetensors", "pruned.safetensors", "plan.json", "proof.json"
 
 

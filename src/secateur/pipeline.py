@@ -19,7 +19,7 @@ from secateur.checkpoint import load
 from secateur.criteria import Magnitude
 from secateur.criteria.evidence import PER_SAMPLE
 from secateur.data import Dataset
-from secateur.folder import DENSE, RECORDS, STATE, choose, complete, write_recipe
+from secateur.folder import DENSE, HELD, RECORDS, REWIND, STATE, choose, complete, write_recipe
 from secateur.measure.accuracy import logits
 from secateur.measure.latency import describe
 from secateur.progressive import whole
@@ -29,7 +29,7 @@ from secateur.session import Run, Screen, costs, traced
 from secateur.ship import finish
 from secateur.stages import STAGES, allocate
 from secateur.track.local import Log
-from secateur.train.loop import Cursor
+from secateur.train.loop import Point
 from secateur.train.resume import State, read_state
 from secateur.types import Graph, Plan, RecipeError
 
@@ -59,23 +59,25 @@ def run(recipe: Recipe, folder: Path | None = None, *, resume: bool = False, scr
     run = Run(recipe, folder, data, dense, log, screen, whole(dense))
     screen.line(f"run folder: {folder}")
     model = _restored(run, saved) if saved else _started(run, device)
-    cursor, optimizer = (saved.cursor, saved.optimizer) if saved else (Cursor(), None)
-    stages = plan_stages(recipe)
+    point = saved.point if saved else Point()
+    stages = plan_stages(len(run.targets))
     for run.stage in range(saved.stage if saved else 0, len(stages)):
         kind, step = stages[run.stage]
-        model = STAGES[kind](run, model, step, cursor, optimizer)
-        cursor, optimizer = Cursor(), None
+        model, point = STAGES[kind](run, model, step, point)
+        if run.stopped:
+            break
         if run.stage + 1 < len(stages):
-            run.save_state(run.stage + 1, model)
+            run.save_state(run.stage + 1, model, point)
     finish(run, model)
     log.append("end", seconds=time.perf_counter() - begin, resumed=saved is not None)
-    (folder / STATE).unlink(missing_ok=True)
+    for name in (STATE, REWIND, HELD):
+        (folder / name).unlink(missing_ok=True)
     return folder
 
 
-def plan_stages(recipe: Recipe) -> list[tuple[str, int]]:
-    """Return the stages as (kind, step): train, then cut and recover for each step."""
-    steps = range(1, len(resolve.targets(recipe)) + 1)
+def plan_stages(cuts: int) -> list[tuple[str, int]]:
+    """Return the stages as (kind, step): train, then cut and recover for each of the ``cuts``."""
+    steps = range(1, cuts + 1)
     return [("train", 0), *((kind, step) for step in steps for kind in ("cut", "recover"))]
 
 
@@ -125,9 +127,12 @@ def _started(run: Run, device: torch.device) -> nn.Module:
 def _restored(run: Run, state: State) -> nn.Module:
     """Return the model of a saved state; the run's dense graph and plan are brought to it."""
     run.log.append("resume", at=state.stage)
-    run.screen.line(f"resuming at stage {state.stage + 1} of {len(plan_stages(run.recipe)) + 1}")
+    run.screen.line(f"resuming at stage {state.stage + 1} of {len(plan_stages(len(run.targets))) + 1}")
     if state.stage > 0:
         device = run.data.source.images.device
         run.dense = traced(load(run.folder / DENSE, model=run.dense.model).to(device), run.data)
     run.plan = Plan.from_json(state.plan) if state.plan else whole(run.dense)
+    if state.stage < 2 and not run.plan.keep:  # before the first cut
+        run.dense.model.load_state_dict(state.model)
+        return run.dense.model
     return run.shrunk(state.model)

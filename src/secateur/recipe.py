@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
+from secateur.conflicts import conflicts
 from secateur.problems import at, listing, nearest, schema_problems, shown
 from secateur.types import Budget, RecipeError, SecateurError
 from secateur.yaml_source import Path, parse
@@ -23,6 +24,7 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Rates = Literal["constant", "cosine", "one_cycle", "step"]
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 
 
@@ -81,17 +83,29 @@ class Train(Section):
     epochs: Annotated[int, Field(ge=0)] = 10
     """passes over the training images; 0 leaves the model as it is (with a checkpoint)"""
     batch_size: Count = 32
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    optimizer: Literal["adam", "adamw", "rmsprop", "sgd"] = "adam"
     lr: Positive = 1e-3
     """base learning rate"""
-    rate: Literal["constant", "cosine", "step"] = "constant"
-    """how the learning rate falls"""
+    rate: Rates = "constant"
+    """how the learning rate falls (one_cycle: rises first)"""
+    warmup: NotNegative = 0.0
+    """epochs in which the rate first rises from 1 % of lr; less than epochs"""
     weight_decay: NotNegative = 0.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """momentum of sgd, first beta of adam and adamw"""
+    """momentum of sgd and rmsprop, first beta of adam and adamw"""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     clip_norm: Positive | None = None
     """largest norm of all gradients together"""
+    mixup: NotNegative = 0.0
+    """train on blends of two images, their weight drawn from Beta(mixup, mixup); 0: off, 0.2 is usual"""
+    ema: Share | None = None
+    """validate and keep a moving average of the weights with this decay, 0.999 is usual (null: off)"""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of products and convolutions while training; auto: bfloat16 on a GPU that has it, else float32"""
+    channels_last: Literal["auto"] | bool = "auto"
+    """lay images out pixel by pixel while training (NHWC); auto: for convolutions that run that way"""
+    compile: bool = False
+    """run the training passes through torch.compile; pays where training is long"""
 
 
 class Costs(Section):
@@ -142,10 +156,17 @@ class Keep(Section):
 class When(Section):
     """The schedule: how many cuts lead to the budget."""
 
-    name: Literal["once", "iterative", "cubic"] = "iterative"
-    """once: one cut; iterative: cuts of equal size; cubic: large cuts first"""
+    name: Literal["cubic", "every", "iterative", "once"] = "iterative"
+    """once: one cut; iterative: cuts of equal size; cubic: large cuts first; every: some units at a time"""
     steps: Annotated[int, Field(ge=1, le=1000)] = 1
-    """number of cuts"""
+    """number of cuts (of iterative and cubic)"""
+    units: Count = 1
+    """units that go in one cut of every; recover.epochs or recover.steps is the training in between"""
+
+    @property
+    def several(self) -> bool:
+        """Whether there can be more than one cut."""
+        return self.name == "every" or (self.name != "once" and self.steps > 1)
 
 
 class Prune(Section):
@@ -166,20 +187,47 @@ class Prune(Section):
     """group or module name pattern -> fraction of its units that stays"""
     freeze: Names = ()
     """group or module name patterns that stay whole"""
+    stop_drop: Share | None = None
+    """stop when a recovered model is more than this below the dense one in validation accuracy, keep the one before"""
+
+
+class Distil(Section):
+    """Distillation: (1 - mix) loss + mix T^2 KL of the scores + features * difference of the last hidden layer."""
+
+    temperature: Positive = 4.0
+    """T, what the scores are divided by"""
+    mix: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """share of the teacher"""
+    features: NotNegative = 0.0
+    """weight of how differently both see which images are alike; 0: off, 3000 in its source"""
 
 
 class Recover(Section):
     """What happens after each cut."""
 
-    name: Literal["finetune", "none"] = "finetune"
+    name: Literal["distil", "finetune", "none", "rewind", "scratch"] = "finetune"
+    """distil: the dense model teaches; rewind: back to an epoch of its training; scratch: new weights at the end"""
     epochs: Annotated[int, Field(ge=0)] = 1
     """epochs after each cut but the last"""
+    steps: Count | None = None
+    """optimiser steps after each cut but the last, in place of epochs"""
     final_epochs: Annotated[int, Field(ge=0)] | None = None
-    """epochs after the last cut (null: the same)"""
+    """epochs after the last cut (null: the same; of scratch: those of train)"""
     lr: Positive | None = None
     """base learning rate (null: that of train; all other options are those of train)"""
-    rate: Literal["constant", "cosine", "step"] | None = None
+    rate: Rates | None = None
     """how the learning rate falls (null: as in train)"""
+    warmup: NotNegative = 0.0
+    """epochs in which the rate first rises from 1 % of lr; less than epochs"""
+    recalibrate: Annotated[int, Field(ge=0)] = 0
+    """right after each cut, batches of training images that renew the statistics of batch norms (0: off)"""
+    carry_optimizer: bool = False
+    """keep the momenta of the units that stay; otherwise each recovery starts with a new optimiser"""
+    distil: Distil = Distil()
+    scratch: Literal["epochs", "compute"] = "epochs"
+    """scratch trains as many epochs as the dense model, or (compute) so many that the work is the same"""
+    rewind: Annotated[int, Field(ge=0)] = 1
+    """epoch of the dense training, 0 its beginning, that rewind goes back to"""
 
 
 class Measure(Section):
@@ -257,6 +305,7 @@ def loads(text: str, where: str = "recipe", overrides: Sequence[str] = ()) -> Re
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         problems = {**schema_problems(Recipe, values, error), **problems}
+    problems = problems or conflicts(recipe) if recipe else problems
     if problems or recipe is None:
         raise RecipeError(listing(where, values, places, problems))
     return recipe

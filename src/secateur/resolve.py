@@ -22,7 +22,7 @@ from secateur.recipe import Data, Recipe
 from secateur.schedules import SCHEDULES
 from secateur.train.loop import Settings, draw
 from secateur.train.optimizers import OPTIMIZERS
-from secateur.train.rates import RATES
+from secateur.train.rates import RATES, warmed
 from secateur.types import CheckpointError, RecipeError
 
 
@@ -103,28 +103,57 @@ def criterion(recipe: Recipe) -> Criterion:
     return Costed(chosen, macs=cost.macs, params=cost.params) if cost.macs or cost.params else chosen
 
 
-def targets(recipe: Recipe) -> tuple[float, ...]:
-    """Return the fraction of the dense model that stays after each cut."""
+def targets(recipe: Recipe, total: int) -> tuple[float, ...]:
+    """Return the fraction of the dense model, with its ``total`` prunable units, that stays after each cut."""
     when = recipe.prune.schedule
-    return SCHEDULES[when.name](recipe.budget.keep, when.steps)
+    return SCHEDULES[when.name](recipe.budget.keep, when.steps, total, when.units)
 
 
-def training(recipe: Recipe, phase: int, last: bool = False) -> Settings:
-    """Return how to train: ``phase`` 0 is the dense model, k the recovery after cut k (``last``: of all)."""
+def _recovery_epochs(recipe: Recipe, last: bool, left: float) -> int:
+    """Return the epochs of a recovery; of scratch (after the last cut) those of train unless the recipe says more."""
+    recover = recipe.recover
+    asked = recover.final_epochs if last and recover.final_epochs is not None else recover.epochs
+    again = recipe.train.epochs if recover.final_epochs is None else recover.final_epochs
+    scratch = round(again / {"epochs": 1.0, "compute": left}[recover.scratch]) if last else asked
+    return {"none": 0, "scratch": scratch}.get(recover.name, asked)
+
+
+def _recovery_steps(recipe: Recipe) -> int | None:
+    """Return the optimiser steps of a recovery but the last, None where it is told in epochs."""
+    return {"none": None, "rewind": None}.get(recipe.recover.name, recipe.recover.steps)
+
+
+def precision(recipe: Recipe) -> torch.dtype | None:
+    """Return the type that training casts to, None for float32 throughout."""
+    gpu = device(recipe).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    half = torch.bfloat16
+    return {"auto": half if gpu else None, "float32": None, "bfloat16": half}[recipe.train.precision]
+
+
+def training(recipe: Recipe, phase: int, last: bool = False, left: float = 1.0) -> Settings:
+    """Return how to train: ``phase`` 0 is the dense model, k the recovery after cut k (``last``: of all).
+
+    ``left`` is the fraction of the dense model's multiply-accumulates that the model still needs.
+    """
     train, recover = recipe.train, recipe.recover
-    epochs, rate, lr = train.epochs, train.rate, train.lr
-    if phase:
-        epochs = recover.final_epochs if last and recover.final_epochs is not None else recover.epochs
-        epochs *= {"finetune": 1, "none": 0}[recover.name]
-        rate, lr = recover.rate or rate, recover.lr or lr
+    epochs, rate, lr, warmup = train.epochs, train.rate, train.lr, train.warmup
+    if phase and {"rewind": False}.get(recover.name, True):
+        epochs = _recovery_epochs(recipe, last, left)
+        rate, lr, warmup = recover.rate or rate, recover.lr or lr, recover.warmup
     make = OPTIMIZERS[train.optimizer]
     return Settings(
         epochs,
         train.batch_size,
         lambda parameters: make(parameters, lr, train.weight_decay, train.momentum),
-        RATES[rate],
+        warmed(RATES[rate], warmup / max(epochs, 1)),
         train.label_smoothing,
         train.clip_norm,
         AUGMENTATIONS[recipe.data.augment],
         draw(recipe.seed, phase),
+        train.mixup,
+        train.ema,
+        precision(recipe),
+        {"auto": None, True: True, False: False}[train.channels_last],
+        train.compile,
+        steps=_recovery_steps(recipe) if phase and not last else None,
     )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
+from secateur import resolve
 from secateur.compact import compact
 from secateur.data import Dataset
 from secateur.folder import STATE
@@ -18,7 +19,8 @@ from secateur.measure import counts
 from secateur.measure.accuracy import Quality, evaluate
 from secateur.recipe import Recipe
 from secateur.track.local import Log
-from secateur.train.loop import Cursor
+from secateur.train.average import tensors_of
+from secateur.train.loop import Point
 from secateur.train.resume import State, write_state
 from secateur.types import Graph, Plan
 
@@ -35,7 +37,10 @@ class Screen:
 
 @dataclass(eq=False)
 class Run:
-    """Everything the stages share.  ``plan`` is what was cut so far, as a plan of the dense graph."""
+    """Everything the stages share.
+
+    ``plan`` is what was cut so far, as a plan of the dense graph; ``stopped`` says that no cut follows.
+    """
 
     recipe: Recipe
     folder: Path
@@ -45,28 +50,37 @@ class Run:
     screen: Screen
     plan: Plan
     stage: int = 0
+    stopped: bool = False
 
     @property
     def example(self) -> torch.Tensor:
         """The inputs that the model was traced on."""
         return self.dense.args[0]
 
+    @property
+    def targets(self) -> tuple[float, ...]:
+        """The fraction of the dense model that stays after each cut."""
+        return resolve.targets(self.recipe, prunable(self.dense))
+
     def quality(self, model: nn.Module, part: str = "validation") -> Quality:
         """Return loss and accuracy of ``model`` on a part of the data."""
         return evaluate(model, self.data.batches(part, max(256, self.recipe.train.batch_size)))
 
-    def save_state(self, stage: int, model: nn.Module, cursor: Cursor | None = None, optimizer: Any = None) -> None:
+    def save_state(self, stage: int, model: nn.Module, point: Point) -> None:
         """Replace the saved state."""
-        state = optimizer.state_dict() if optimizer is not None else None
-        tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
-        plan = self.plan.to_json()
-        write_state(self.folder / STATE, State(stage, self.log.count, cursor or Cursor(), tensors, state, plan))
+        write_state(self.folder / STATE, State(stage, self.log.count, point, tensors_of(model), self.plan.to_json()))
 
     def shrunk(self, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
         """Return the model that ``plan`` makes of the dense one, with these weights."""
-        model = compact(self.dense, self.plan, verify=False) if self.plan.keep else self.dense.model
+        kept = self.plan.keep
+        model = compact(self.dense, self.plan, verify=False) if kept else copy.deepcopy(self.dense.model)
         model.load_state_dict(tensors)
         return model
+
+
+def prunable(graph: Graph) -> int:
+    """Return the number of units in groups that can be cut."""
+    return sum(group.units for group in graph.groups if group.prunable)
 
 
 def traced(model: nn.Module, data: Dataset) -> Graph:
@@ -74,8 +88,8 @@ def traced(model: nn.Module, data: Dataset) -> Graph:
     return trace(model, data.batch(data.train[:EXAMPLES])[0])
 
 
-def figures(quality: Quality) -> dict[str, float]:
-    """Return loss and accuracies for a record."""
+def figures(quality: Quality) -> dict[str, float | None]:
+    """Return loss and accuracies for a record; ``top5`` is None where there are at most 5 classes."""
     return {"loss": quality.loss, "top1": quality.top1, "top5": quality.top5, "n": quality.n}
 
 

@@ -90,7 +90,9 @@ def _size(path: Path) -> Measurement:
 
 def _save(run: Run, model: nn.Module, measurements: list[Measurement]) -> None:
     """Write the plan, the proof and the pruned checkpoint."""
-    cuts = [record.data for record in read(run.folder / RECORDS) if record.stage == "cut"]
+    records = read(run.folder / RECORDS)
+    kept = next((record.data["back_to"] for record in records if record.stage == "stopped"), None)
+    cuts = [record.data for record in records if record.stage == "cut"][:kept]
     proof = Proof(tuple(Check(**row) for cut in cuts for row in cut["proof"]))
     rows: Mapping[str, Any] = {"ok": proof.ok, "rows": [asdict(row) for row in proof.rows]}
     atomic_write(run.folder / PLAN, run.plan.to_json().encode())

@@ -1,16 +1,15 @@
-"""The stages of a run: train, cut, recover.  Each takes the model and returns the model."""
+"""The stages of a run: train, cut, recover.  Each takes the model and the point before, and returns those after."""
 
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from glob import escape
-from typing import Any
 
-import torch
 from torch import nn
 
-from secateur import resolve
+from secateur import recovery, resolve
 from secateur.allocate import _matching as matching
 from secateur.allocate import allocate as choose
 from secateur.checkpoint import save
@@ -23,43 +22,51 @@ from secateur.recipe import Recipe
 from secateur.score import score
 from secateur.session import Run, figures, traced
 from secateur.ship import passport
-from secateur.train.loop import Cursor, Epoch, Watch, fit
+from secateur.train.loop import Epoch, Point, Watch, fit
 from secateur.train.resume import atomic_write
 from secateur.types import Budget, Graph, Plan, Proof, Scores, VerificationError
 
+Out = tuple[nn.Module, Point]  # the model, and what the next stage begins with
 SAVE_EVERY = 60.0  # seconds between saved states within an epoch
 
 
-def train(run: Run, model: nn.Module, step: int, cursor: Cursor, optimizer: Any) -> nn.Module:
+def train(run: Run, model: nn.Module, step: int, point: Point) -> Out:
     """Train the dense model, save it, and record its accuracy."""
-    _fit(run, model, 0, cursor, optimizer)
+    recovery.mark(run, model, point)
+    end = _fit(run, model, 0, point)
     run.log.append("dense", **figures(run.quality(model)))
     save(model, run.folder / DENSE, recipe=run.recipe.hash, extra=passport(run.recipe, run.data))
-    return model
+    return model, end
 
 
-def recover(run: Run, model: nn.Module, step: int, cursor: Cursor, optimizer: Any) -> nn.Module:
+def recover(run: Run, model: nn.Module, step: int, point: Point) -> Out:
     """Train the model after cut ``step``, and record its accuracy."""
-    _fit(run, model, step, cursor, optimizer)
-    run.log.append("recovered", step=step, **figures(run.quality(model)))
-    return model
+    end = _fit(run, model, step, recovery.begin(run, model, step, point))
+    quality = run.quality(model)
+    run.log.append("recovered", step=step, **figures(quality))
+    run.stopped = not recovery.holds(run, model, step, quality)
+    return (recovery.back(run, step) if run.stopped else model), end
 
 
-def _fit(run: Run, model: nn.Module, step: int, cursor: Cursor, optimizer: Any) -> None:
-    settings = resolve.training(run.recipe, step, last=step == len(resolve.targets(run.recipe)))
-    label = f"fine-tune after cut {step}" if step else "train"
+def _fit(run: Run, model: nn.Module, step: int, point: Point) -> Point:
+    """Train; return the memory of the optimiser where the recipe carries it on."""
+    settings = recovery.settings(run, step)
+    length = f"{settings.epochs}" if settings.steps is None else f"{settings.steps} steps"
+    label = f"{run.recipe.recover.name} after cut {step}" if step else "train"
     saved = time.monotonic()
 
     def epoch(row: Epoch) -> None:
         run.log.append("epoch", step=step, **asdict(row))
         run.screen.line(
-            f"{label}, epoch {row.epoch + 1}/{settings.epochs}: loss {row.train_loss:.4f}, "
+            f"{label}, epoch {row.epoch + 1}/{length}: loss {row.train_loss:.4f}, "
             f"validation loss {row.validation_loss:.4f}, accuracy {row.validation_accuracy:.2%}"
         )
 
-    def keep(cursor: Cursor, optimizer: torch.optim.Optimizer) -> None:
+    def keep(point: Point) -> None:
         nonlocal saved
-        run.save_state(run.stage, model, cursor, optimizer)
+        if step == 0:
+            recovery.mark(run, model, point)
+        run.save_state(run.stage, model, point)
         saved = time.monotonic()
 
     watch = Watch(
@@ -68,12 +75,14 @@ def _fit(run: Run, model: nn.Module, step: int, cursor: Cursor, optimizer: Any) 
         lambda done, total: run.screen.progress(label, done, total),
         lambda: time.monotonic() - saved > SAVE_EVERY,
     )
-    fit(model, run.data, settings, begin=cursor, optimizer_state=optimizer, watch=watch)
+    with recovery.guided(run, model, settings) if step else nullcontext(settings) as chosen:
+        end = fit(model, run.data, chosen, begin=point, watch=watch)
+    return Point(optimizer=end.optimizer) if run.recipe.recover.carry_optimizer else Point()
 
 
-def cut(run: Run, model: nn.Module, step: int, cursor: Cursor, optimizer: Any) -> nn.Module:
+def cut(run: Run, model: nn.Module, step: int, point: Point) -> Out:
     """Score, allocate, prove and cut; return the smaller model."""
-    recipe, target = run.recipe, resolve.targets(run.recipe)[step - 1]
+    recipe, target = run.recipe, run.targets[step - 1]
     begin = time.perf_counter()
     graph = run.dense if model is run.dense.model else traced(model, run.data)
     before = run.quality(model)
@@ -82,9 +91,9 @@ def cut(run: Run, model: nn.Module, step: int, cursor: Cursor, optimizer: Any) -
     scores = score(graph, resolve.criterion(recipe), batches)
     budget = Budget(**{recipe.budget.kind: target})
     plan = allocate(recipe, run.dense, scores, relative(run.dense, run.plan, graph, budget))
-    proof, small = _proved(graph, plan)
+    proof, made = _proved(graph, plan)
     run.plan = compose(run.dense, run.plan, plan, budget)
-    small = run.shrunk(small.state_dict())
+    small = run.shrunk(made.state_dict())
     after = run.quality(small)
     (run.folder / "plans").mkdir(exist_ok=True)
     atomic_write(run.folder / "plans" / f"step_{step}.json", run.plan.to_json().encode())
@@ -106,7 +115,7 @@ def cut(run: Run, model: nn.Module, step: int, cursor: Cursor, optimizer: Any) -
     )
     for note in plan.notes:
         run.screen.line(f"note: {note}")
-    return small
+    return small, recovery.carried(run, graph, made, small, step, point)
 
 
 def _proved(graph: Graph, plan: Plan) -> tuple[Proof, nn.Module]:

@@ -16,21 +16,25 @@ from secateur.types import MeasureError, Measurement
 
 @dataclass(frozen=True)
 class Quality:
-    """Mean cross-entropy (nats) with the standard deviation over samples, and hits among the best 1 and 5."""
+    """Mean cross-entropy (nats) with the standard deviation over samples, and hits among the best 1 and 5.
+
+    ``top5`` is None where there are at most 5 classes: it would always be 1.
+    """
 
     loss: float
     loss_spread: float
     top1: float
-    top5: float
+    top5: float | None
     n: int
 
     def measurements(self, device: str, part: str) -> tuple[Measurement, ...]:
-        """Return loss, top-1 and top-5 with their standard errors over the ``n`` samples."""
+        """Return loss, top-1 and (over more than 5 classes) top-5 with their standard errors over the ``n`` samples."""
         how = f"all {self.n} images of the {part} set, eval mode; spread is the standard error"
         rows = [("loss", self.loss, "nats", self.loss_spread / math.sqrt(self.n))]
         rows += [
             (name, value, "fraction", math.sqrt(value * (1 - value) / self.n))
             for name, value in (("top1", self.top1), ("top5", self.top5))
+            if value is not None
         ]
         return tuple(Measurement(f"{part} {a}", b, c, self.n, d, device, how) for a, b, c, d in rows)
 
@@ -42,7 +46,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tenso
     Raises ``MeasureError`` when there are no batches.
     """
     sums: torch.Tensor | None = None
-    n = 0
+    n = classes = 0
     with eval_mode(model), torch.no_grad():
         for inputs, labels in batches:
             scores = logits(model(inputs))
@@ -51,11 +55,11 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tenso
             hits = best == labels[:, None]
             row = torch.stack([losses.sum(), losses.square().sum(), hits[:, 0].sum(), hits.sum()])
             sums = row if sums is None else sums + row
-            n += len(labels)
+            n, classes = n + len(labels), scores.shape[1]
     if sums is None:
         raise MeasureError("accuracy needs at least one batch of (inputs, labels); got none.")
     loss, squares, top1, top5 = (sums / n).tolist()
-    return Quality(loss, math.sqrt(max(0.0, squares - loss * loss)), top1, top5, n)
+    return Quality(loss, math.sqrt(max(0.0, squares - loss * loss)), top1, top5 if classes > 5 else None, n)
 
 
 def logits(output: object) -> torch.Tensor:

@@ -30,7 +30,7 @@ def view(records: Sequence[Record]) -> dict[str, Any]:
     stages: dict[str, list[Data]] = {}
     for record in records:
         stages.setdefault(record.stage, []).append(record.data)
-    run, model, measure = (_last(stages, name) for name in ("run", "model", "measure"))
+    run, model, measure, stopped = (_last(stages, name) for name in ("run", "model", "measure", "stopped"))
     rows = comparison(measure.get("measurements", {}))
     cuts = stages.get("cut", [])
     recovered = {row["step"]: row for row in stages.get("recovered", [])}
@@ -46,7 +46,7 @@ def view(records: Sequence[Record]) -> dict[str, Any]:
         "warnings": measure.get("warnings", []),
         "rows": rows,
         "cards": [row for row in rows if any(row["key"].startswith(name) for name in CARDS)],
-        "groups": _groups(model, cuts),
+        "groups": _groups(model, cuts[: stopped.get("back_to")]),
         "frozen": [group for group in model.get("groups", []) if group["frozen"]],
         "layers": _layers(measure.get("layers", {})),
         "cuts": [{**cut, "recovered": recovered.get(cut["step"])} for cut in cuts],

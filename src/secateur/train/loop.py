@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,12 +19,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from secateur.data.dataset import Dataset
-from secateur.measure.accuracy import evaluate, logits
+from secateur.measure.accuracy import Quality, evaluate, logits
+from secateur.train.average import Average
+from secateur.train.layout import laid_out, like_weights
+from secateur.train.mixup import mixup
 from secateur.train.rates import Rate, constant
 from secateur.types import SecateurError
 
 CHECK_EVERY = 50  # steps between looks at the loss; each look waits for the device
 
+Guide = Callable[[torch.Tensor], Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]
 Parameters = Iterable[nn.Parameter]
 MakeOptimizer = Callable[[Parameters], torch.optim.Optimizer]
 
@@ -34,7 +39,15 @@ class TrainError(SecateurError):
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train: ``optimizer`` makes the optimiser over the parameters and sets the base rate."""
+    """How to train: ``optimizer`` makes the optimiser over the parameters and sets the base rate.
+
+    ``mixup`` is the alpha of ``mixup.mixup``, ``ema`` the decay of ``average.Average``; 0 and None are off.
+    ``autocast`` is the type of the matrix products and convolutions (None: that of the weights, which stay float32
+    in any case, as do loss and validation); ``channels_last`` lays images and 4-D weights out that way meanwhile
+    (None: where ``layout.laid_out`` says so); ``compiled`` runs the training passes through ``torch.compile``.
+    ``guide`` gets the inputs of a step and returns (scores, loss) -> loss.  ``steps``: so
+    many optimiser steps instead of ``epochs``.
+    """
 
     epochs: int
     batch_size: int
@@ -44,6 +57,13 @@ class Settings:
     clip_norm: float | None = None
     augment: Callable[[torch.Tensor], torch.Tensor] | None = None
     seed: int = 0
+    mixup: float = 0.0
+    ema: float | None = None
+    autocast: torch.dtype | None = None
+    channels_last: bool | None = False
+    compiled: bool = False
+    guide: Guide | None = None
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -55,17 +75,33 @@ class Cursor:
     loss: float = 0.0
     hits: int = 0
     seen: int = 0
+    hits5: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """Where training is and all it needs to go on but the model: cursor, optimiser state, averaged tensors."""
+
+    cursor: Cursor = Cursor()
+    optimizer: dict[str, Any] | None = None
+    average: Mapping[str, torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """The figures of one finished epoch; training figures are means over the epoch, in train mode."""
+    """The figures of one finished epoch; training figures are means over the epoch, in train mode.
+
+    With mixup a training image counts as right when the answer is that of its larger part; top-5 figures are None
+    where there are at most 5 classes.
+    """
 
     epoch: int
     train_loss: float
     train_accuracy: float
+    train_top5: float | None
     validation_loss: float
     validation_accuracy: float
+    validation_top5: float | None
     rate: float
     seconds: float
 
@@ -74,7 +110,7 @@ class Epoch:
 class Watch:
     """What the loop calls: ``save`` after each epoch and when ``due``, ``epoch`` with the figures."""
 
-    save: Callable[[Cursor, torch.optim.Optimizer], None] = lambda cursor, optimizer: None
+    save: Callable[[Point], None] = lambda point: None
     epoch: Callable[[Epoch], None] = lambda figures: None
     progress: Callable[[int, int], None] = lambda done, total: None
     due: Callable[[], bool] = lambda: False
@@ -85,92 +121,134 @@ def fit(
     data: Dataset,
     settings: Settings,
     *,
-    begin: Cursor | None = None,
-    optimizer_state: dict[str, Any] | None = None,
+    begin: Point | None = None,
     watch: Watch | None = None,
-) -> None:
-    """Train ``model`` in place from ``begin`` to the last epoch.
+) -> Point:
+    """Train ``model`` in place from ``begin`` to the last epoch, and return the point reached.
 
     ``data`` is on the model's device.  After each epoch the validation set is evaluated, then ``watch.epoch``
-    and ``watch.save`` are called.  A last batch of one image is left out (batch norm can't take it).
+    and ``watch.save`` are called.  A last batch of one image is left out (batch norm can't take it).  With
+    ``settings.ema`` the averaged weights are validated, and are those of the model at the end.
 
     Raises ``TrainError`` when the loss is not finite.
     """
-    watch, cursor = watch or Watch(), begin or Cursor()
-    optimizer = settings.optimizer(p for p in model.parameters() if p.requires_grad)
-    if optimizer_state is not None:
-        optimizer.load_state_dict(optimizer_state)
+    point = begin or Point()
+    work = _Work(model, data, settings, point, watch or Watch())
+    cursor = point.cursor
     devices = [data.source.images.device] if data.source.images.is_cuda else []
     with torch.random.fork_rng(devices):
-        while cursor.epoch < settings.epochs:
+        while cursor.epoch * work.per_epoch < work.total:
             started = time.perf_counter()
-            cursor = _train_epoch(model, data, settings, optimizer, cursor, watch)
-            quality = evaluate(model, data.batches("validation", max(256, settings.batch_size)))
-            figures = Epoch(
-                cursor.epoch,
-                cursor.loss / cursor.seen,
-                cursor.hits / cursor.seen,
-                quality.loss,
-                quality.top1,
-                optimizer.param_groups[0]["lr"],
-                time.perf_counter() - started,
-            )
-            watch.epoch(figures)
+            cursor = _train_epoch(work, cursor)
+            quality = work.quality()
+            work.watch.epoch(_figures(cursor, quality, work.optimizer, time.perf_counter() - started))
             cursor = Cursor(cursor.epoch + 1)
-            watch.save(cursor, optimizer)
+            work.watch.save(work.point(cursor))
+    if work.average is not None:
+        work.average.settle()
+    if work.channels_last:  # what follows must not depend on how the model was trained
+        model.to(memory_format=torch.contiguous_format)
+    return work.point(cursor)
 
 
-def _train_epoch(
-    model: nn.Module,
-    data: Dataset,
-    settings: Settings,
-    optimizer: torch.optim.Optimizer,
-    cursor: Cursor,
-    watch: Watch,
-) -> Cursor:
+class _Work:
+    """What the steps of one ``fit`` share."""
+
+    def __init__(self, model: nn.Module, data: Dataset, settings: Settings, begin: Point, watch: Watch) -> None:
+        self.model, self.data, self.settings, self.watch = model, data, settings, watch
+        self.channels_last = settings.channels_last
+        if self.channels_last is None:
+            self.channels_last = laid_out(model, data.batch(data.train[:2])[0])
+        elif self.channels_last:
+            model.to(memory_format=torch.channels_last)
+        # one graph per batch size: with one for all, the sizes seen first would decide about the last bits
+        self.forward = torch.compile(model, dynamic=False) if settings.compiled else model
+        self.optimizer = settings.optimizer(p for p in model.parameters() if p.requires_grad)
+        if begin.optimizer is not None:
+            self.optimizer.load_state_dict(begin.optimizer)
+            like_weights(self.optimizer)
+        self.per_epoch = len(shuffled(data.train, settings.batch_size, 0))
+        self.total = settings.epochs * self.per_epoch if settings.steps is None else settings.steps
+        self.average = None if settings.ema is None else Average(model, settings.ema, begin.average)
+
+    def point(self, cursor: Cursor) -> Point:
+        """Return the present point."""
+        return Point(cursor, self.optimizer.state_dict(), None if self.average is None else self.average.tensors)
+
+    def quality(self) -> Quality:
+        """Return the figures of the validation set, with the averaged weights where there are any."""
+        batches = self.data.batches("validation", max(256, self.settings.batch_size))
+        with nullcontext() if self.average is None else self.average.shown():
+            return evaluate(self.model, batches)
+
+
+def _figures(cursor: Cursor, quality: Quality, optimizer: torch.optim.Optimizer, seconds: float) -> Epoch:
+    return Epoch(
+        cursor.epoch,
+        cursor.loss / cursor.seen,
+        cursor.hits / cursor.seen,
+        None if quality.top5 is None else cursor.hits5 / cursor.seen,
+        quality.loss,
+        quality.top1,
+        quality.top5,
+        optimizer.param_groups[0]["lr"],
+        seconds,
+    )
+
+
+def _train_epoch(work: _Work, cursor: Cursor) -> Cursor:
     """Run the steps of one epoch from ``cursor`` on; return the cursor at its end."""
+    data, settings, optimizer, watch = work.data, work.settings, work.optimizer, work.watch
     batches = shuffled(data.train, settings.batch_size, draw(settings.seed, cursor.epoch))
+    before = cursor.epoch * work.per_epoch
+    batches = batches[: work.total - before]  # the last epoch may be cut short
     base = [group.setdefault("base_lr", group["lr"]) for group in optimizer.param_groups]
     device = data.source.images.device
     loss_sum = torch.tensor(cursor.loss, dtype=torch.float64, device=device)
-    hits = torch.tensor(cursor.hits, device=device)
-    model.train()
+    hits = torch.tensor([cursor.hits, cursor.hits5], device=device)
+    work.model.train()
     for step in range(cursor.step, len(batches)):
         torch.manual_seed(draw(settings.seed, cursor.epoch, step))
-        factor = settings.rate((cursor.epoch + step / len(batches)) / settings.epochs)
+        factor = settings.rate((before + step) / work.total)
         for group, rate in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = rate * factor
         inputs, labels = data.batch(batches[step])
-        loss, right = _step(model, settings, optimizer, inputs, labels)
+        loss, right = _step(work, inputs, labels)
+        if work.average is not None:
+            work.average.update(before + step)
         loss_sum += loss * len(labels)
         hits += right
         cursor = replace(cursor, step=step + 1, seen=cursor.seen + len(labels))
         if cursor.step % CHECK_EVERY == 0 or cursor.step == len(batches):
             cursor = _looked(cursor, loss_sum, hits)
-            watch.progress(cursor.epoch * len(batches) + cursor.step, settings.epochs * len(batches))
+            watch.progress(before + cursor.step, work.total)
             if cursor.step < len(batches) and watch.due():
-                watch.save(cursor, optimizer)
+                watch.save(work.point(cursor))
     return cursor
 
 
-def _step(
-    model: nn.Module,
-    settings: Settings,
-    optimizer: torch.optim.Optimizer,
-    inputs: torch.Tensor,
-    labels: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Take one optimiser step; return the mean loss and the number of right answers."""
+def _step(work: _Work, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Take one optimiser step; return the mean loss, and the right answers among the best 1 and 5 scores."""
+    settings, optimizer, targets = work.settings, work.optimizer, labels
     if settings.augment is not None:
         inputs = settings.augment(inputs)
-    scores = logits(model(inputs))
-    loss = F.cross_entropy(scores, labels, label_smoothing=settings.label_smoothing)
+    if settings.mixup > 0:
+        inputs, targets = mixup(inputs, labels, len(work.data.classes), settings.mixup)
+    if work.channels_last:
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(inputs.device.type, settings.autocast, enabled=settings.autocast is not None):
+        judge = None if settings.guide is None else settings.guide(inputs)
+        scores = logits(work.forward(inputs))
+    scores = scores if settings.autocast is None else scores.float()
+    loss = F.cross_entropy(scores, targets, label_smoothing=settings.label_smoothing)
+    loss = loss if judge is None else judge(scores, loss)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     if settings.clip_norm is not None:
-        nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+        nn.utils.clip_grad_norm_(work.model.parameters(), settings.clip_norm)
     optimizer.step()
-    return loss.detach(), (scores.detach().argmax(1) == labels).sum()
+    right = scores.detach().topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
+    return loss.detach(), torch.stack([right[:, 0].sum(), right.sum()])
 
 
 def _looked(cursor: Cursor, loss_sum: torch.Tensor, hits: torch.Tensor) -> Cursor:
@@ -181,7 +259,8 @@ def _looked(cursor: Cursor, loss_sum: torch.Tensor, hits: torch.Tensor) -> Curso
             f"the training loss is {total} in epoch {cursor.epoch + 1}, within {CHECK_EVERY} steps of step "
             f"{cursor.step}; lower the learning rate, set clip_norm, or check the data."
         )
-    return replace(cursor, loss=total, hits=int(hits))
+    top1, top5 = hits.tolist()
+    return replace(cursor, loss=total, hits=top1, hits5=top5)
 
 
 def draw(*position: int) -> int:

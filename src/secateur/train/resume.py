@@ -17,22 +17,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from secateur.train.loop import Cursor
+from secateur.train.loop import Cursor, Point
 from secateur.types import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """Where a run stands: stage number, records that belong to it, training cursor, weights, optimiser."""
+    """Where a run stands: stage number, records that belong to it, point of the training, weights, plan so far."""
 
     stage: int
     records: int
-    cursor: Cursor
+    point: Point
     model: Mapping[str, torch.Tensor]
-    optimizer: dict[str, Any] | None = None
     plan: str | None = None
 
 
@@ -57,21 +56,22 @@ def atomic_write(path: Path, data: bytes) -> None:
 def write_state(path: Path, state: State) -> None:
     """Write ``state`` to ``path``."""
     tensors = {f"model.{name}": tensor for name, tensor in state.model.items()}
+    tensors |= {f"average.{name}": tensor for name, tensor in (state.point.average or {}).items()}
     optimizer: dict[str, Any] | None = None
-    if state.optimizer is not None:
+    if state.point.optimizer is not None:
         numbers: dict[str, dict[str, Any]] = {}
-        for index, values in state.optimizer["state"].items():
+        for index, values in state.point.optimizer["state"].items():
             for name, value in values.items():
                 if isinstance(value, torch.Tensor):
                     tensors[f"optimizer.{index}.{name}"] = value
                 else:
                     numbers.setdefault(str(index), {})[name] = value
-        optimizer = {"groups": state.optimizer["param_groups"], "numbers": numbers}
+        optimizer = {"groups": state.point.optimizer["param_groups"], "numbers": numbers}
     head = {
         "format": FORMAT,
         "stage": state.stage,
         "records": state.records,
-        "cursor": asdict(state.cursor),
+        "cursor": asdict(state.point.cursor),
         "optimizer": optimizer,
         "plan": state.plan,
     }
@@ -87,12 +87,16 @@ def read_state(path: Path) -> State:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         if head["format"] != FORMAT:
             raise CheckpointError(f"{path} has state format {head['format']!r}, not {FORMAT}; start the run anew.")
-        model = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+        model, average = _named("model.", tensors), _named("average.", tensors)
         optimizer = _optimizer(head["optimizer"], tensors) if head["optimizer"] else None
-        cursor = Cursor(**head["cursor"])
-        return State(int(head["stage"]), int(head["records"]), cursor, model, optimizer, head["plan"])
+        point = Point(Cursor(**head["cursor"]), optimizer, average or None)
+        return State(int(head["stage"]), int(head["records"]), point, model, head["plan"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is not a readable run state ({error}); start the run anew.") from error
+
+
+def _named(prefix: str, tensors: Tensors) -> Tensors:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _optimizer(head: dict[str, Any], tensors: Tensors) -> dict[str, Any]:

@@ -1,0 +1,58 @@
+"""Values of a recipe that are right one by one and wrong together: dotted key -> what to do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from secateur.yaml_source import Path
+
+if TYPE_CHECKING:
+    from secateur.recipe import Recipe
+
+
+def conflicts(recipe: Recipe) -> dict[Path, str]:
+    """Return path -> rule for each value of ``recipe`` that another value rules out."""
+    return _warmups(recipe) | _recoveries(recipe) | _schedules(recipe)
+
+
+def _warmups(recipe: Recipe) -> dict[Path, str]:
+    train, recover = recipe.train, recipe.recover
+    found: dict[Path, str] = {}
+    if 0 < train.epochs <= train.warmup:
+        found["train", "warmup"] = f"must be less than train.epochs = {train.epochs}"
+    if recover.name in ("none", "rewind", "scratch"):
+        return found
+    last = recover.epochs if recover.final_epochs is None else recover.final_epochs
+    shortest = min([last, *([recover.epochs] if recipe.prune.schedule.several else [])])
+    if 0 < shortest <= recover.warmup:
+        found["recover", "warmup"] = f"must be less than the shortest recovery, {shortest} epochs"
+    return found
+
+
+def _recoveries(recipe: Recipe) -> dict[Path, str]:
+    train, recover = recipe.train, recipe.recover
+    found: dict[Path, str] = {}
+    if recover.name == "rewind" and recover.rewind >= max(train.epochs, 1):
+        found["recover", "rewind"] = f"must be less than train.epochs = {train.epochs}: that training is run again"
+    if recover.name == "scratch" and not (train.epochs if recover.final_epochs is None else recover.final_epochs):
+        found["recover", "name"] = "new weights must be trained: set recover.final_epochs (or train.epochs)"
+    if recover.name in ("rewind", "scratch"):
+        why = f"does nothing with {recover.name}, which begins with other weights; leave it out"
+        keys = {"carry_optimizer": recover.carry_optimizer, "recalibrate": recover.recalibrate}
+        found |= {("recover", key): why for key, value in keys.items() if value}
+    return found
+
+
+def _schedules(recipe: Recipe) -> dict[Path, str]:
+    prune, recover = recipe.prune, recipe.recover
+    found: dict[Path, str] = {}
+    if prune.schedule.name == "every":
+        if prune.budget.units is None:
+            found["prune", "budget"] = "the schedule every counts units: give budget.units"
+        if prune.round_to is not None:
+            found["prune", "round_to"] = "the schedule every takes units one by one: set round_to to null"
+    if recover.steps is not None and recover.name in ("none", "rewind"):
+        found["recover", "steps"] = f"does nothing with {recover.name}; leave it out"
+    if recover.steps is not None and recover.warmup > 0:
+        found["recover", "warmup"] = "counts epochs; leave it out where recover.steps counts steps"
+    return found
