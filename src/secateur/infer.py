@@ -92,7 +92,7 @@ def _pixels(reader: Reader, path: Path, invert: bool) -> torch.Tensor:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image).convert(MODES[channels])
             if image.size != (width, height):
-                image = image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=3.0)
+                image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
             array = np.array(ImageOps.invert(image) if invert else image)
     except BROKEN_IMAGE as error:
         raise DataError(f"{path} cannot be read as an image: {error}.") from error

@@ -13,7 +13,7 @@ from torch import nn
 
 from secateur.checkpoint import load
 from secateur.criteria import REGISTRY, Costed, Criterion
-from secateur.data import SOURCES, Dataset, split
+from secateur.data import Dataset, open_source, split
 from secateur.data.augment import AUGMENTATIONS
 from secateur.header import KEY
 from secateur.models import MODELS
@@ -40,7 +40,7 @@ def device(recipe: Recipe) -> torch.device:
 
 def dataset(data: Data, seed: int) -> Dataset:
     """Return the dataset of a recipe, split by ``seed``."""
-    source = SOURCES[data.name](data.root, data.download)
+    source = open_source(data.name, data.root, data.download, data.image_size)
     return split(
         source,
         validation=data.validation,
@@ -96,9 +96,10 @@ def _filled(network: nn.Module, path: Path) -> nn.Module:
 
 
 def criterion(recipe: Recipe) -> Criterion:
-    """Return the criterion of a recipe, with its cost terms."""
+    """Return the criterion of a recipe, with its cost terms; one that draws takes the recipe's seed."""
     wanted = recipe.prune.criterion
-    chosen = REGISTRY[wanted.name](**wanted.args)
+    draws = {"seed": recipe.seed} if wanted.name == "random" else {}
+    chosen = REGISTRY[wanted.name](**{**draws, **wanted.args})
     cost = wanted.cost
     return Costed(chosen, macs=cost.macs, params=cost.params) if cost.macs or cost.params else chosen
 

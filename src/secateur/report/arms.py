@@ -284,7 +284,8 @@ def _warnings(outcomes: Sequence[Outcome], arms: Sequence[Arm], unfinished: Sequ
     if len(sources) > 1:
         notes.append(f"Accuracies are on different data ({', '.join(sources)}): they do not compare.")
     draws = {one.seed for one in outcomes if role(one.recipe) == RANDOM}
-    if len(draws) > 1 and len({criterion for _, criterion in draws}) == 1:
+    fixed = {criterion for _, criterion in draws}
+    if len(draws) > 1 and len(fixed) == 1 and None not in fixed:
         notes.append("The random control has one seed of its own (prune.criterion.args.seed) in all its runs.")
     return notes
 

@@ -207,12 +207,11 @@ def _train_epoch(work: _Work, cursor: Cursor) -> Cursor:
     loss_sum = torch.tensor(cursor.loss, dtype=torch.float64, device=device)
     hits = torch.tensor([cursor.hits, cursor.hits5], device=device)
     work.model.train()
-    for step in range(cursor.step, len(batches)):
+    for step, (inputs, labels) in enumerate(data.stream(batches[cursor.step :]), cursor.step):
         torch.manual_seed(draw(settings.seed, cursor.epoch, step))
         factor = settings.rate((before + step) / work.total)
         for group, rate in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = rate * factor
-        inputs, labels = data.batch(batches[step])
         loss, right = _step(work, inputs, labels)
         if work.average is not None:
             work.average.update(before + step)
