@@ -124,8 +124,10 @@ def test_the_seed_of_a_criterion_is_a_seed(tmp_path: Path) -> None:
     words = "prune.criterion.name=random"
     drawn = [run(tmp_path / f"{i}", 0.5 + i / 10, 500, words, f"prune.criterion.args={{seed: {i}}}") for i in range(3)]
     assert compare(drawn).arms[1].values["test top1"].n == 3
-    same = [run(tmp_path / f"s{i}", 0.5, 500, words, f"seed={i}") for i in range(2)]
+    same = [run(tmp_path / f"s{i}", 0.5, 500, words, "prune.criterion.args={seed: 7}", f"seed={i}") for i in range(2)]
     assert any("one seed of its own" in note for note in compare(same).notes)
+    free = [run(tmp_path / f"f{i}", 0.5, 500, words, f"seed={i}") for i in range(2)]
+    assert not any("one seed of its own" in note for note in compare(free).notes)
 
 
 def test_controls_stand_beside_and_gains_are_paired_by_seed(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from packed import write_packed
 from secateur import pipeline
+from secateur.criteria import Random
 from secateur.data import SOURCES
 from secateur.models import MODELS
 from secateur.recipe import Recipe, Train, When, json_schema, load, loads
@@ -191,3 +192,12 @@ def test_every_shipped_recipe_runs_for_two_steps(path: Path, tmp_path: Path) -> 
     assert len(cuts) == 2
     assert cuts[-1]["achieved"][kind] == pytest.approx(asked, abs=0.02)
     assert "<svg" in (folder / "report.html").read_text()
+
+
+def test_the_random_control_draws_by_the_seed_of_the_recipe() -> None:
+    from secateur import resolve
+
+    words = ["prune.criterion.name=random"]
+    text = "{version: 1, name: a, seed: 5}"
+    assert resolve.criterion(loads(text, overrides=words)) == Random(seed=5)
+    assert resolve.criterion(loads(text, overrides=[*words, "prune.criterion.args={seed: 2}"])) == Random(seed=2)
