@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
 
 from ruamel.yaml import YAML
 
 from secateur.recipe import Recipe, load
+from secateur.report.arms import flat
 from secateur.track.local import read
 from secateur.train.resume import atomic_write
 from secateur.types import RecipeError
@@ -51,18 +51,12 @@ def _check_same(recipe: Recipe, folder: Path) -> None:
         raise RecipeError(f"{folder} holds no run to resume ({RECIPE} is missing); run without --resume.")
     before = load(path)
     if before.hash != recipe.hash:
-        old, new = _flat(before.model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
+        old, new = flat(before.model_dump(mode="json")), flat(recipe.model_dump(mode="json"))
         keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and k != "out")
         rows = [f"{k}: {old.get(k)!r} there, {new.get(k)!r} here" for k in keys]
         raise RecipeError(
             f"{folder} was made by another recipe, and a run continues only unchanged:\n  " + "\n  ".join(rows)
         )
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict) and value:
-        return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}{key}.").items()}
-    return {prefix[:-1]: value}
 
 
 def write_recipe(recipe: Recipe, folder: Path) -> None:
