@@ -17,7 +17,8 @@ from packed import png, write_packed
 from pictures import cut_short, picture
 from secateur.data import FORMS, SOURCES, known, memory, open_source, split
 from secateur.data.augment import AUGMENTATIONS
-from secateur.recipe import Data, loads
+from secateur.recipe import loads
+from secateur.sections import Data
 from secateur.types import DataError, RecipeError
 
 REAL = Path(os.environ.get("SECATEUR_DATA") or Path(__file__).parents[2] / "shared" / "data")  # beside the checkout

@@ -34,6 +34,7 @@ PARTS = {  # files that carry a part of one of the names above, or stand apart f
     "header": "checkpoint",
     "rebuild": "checkpoint",
     "recipe": "pipeline",
+    "sections": "pipeline",
     "problems": "pipeline",
     "conflicts": "pipeline",
     "recovery": "pipeline",

@@ -16,8 +16,9 @@ from secateur import pipeline
 from secateur.criteria import Random
 from secateur.data import SOURCES
 from secateur.models import MODELS
-from secateur.recipe import Recipe, Train, When, json_schema, load, loads
+from secateur.recipe import Recipe, json_schema, load, loads
 from secateur.schedules import SCHEDULES
+from secateur.sections import Train, When
 from secateur.starter import starter
 from secateur.track.local import read
 from secateur.train.optimizers import OPTIMIZERS

@@ -19,7 +19,7 @@ from secateur.data.dataset import scaled
 from secateur.data.parquet import BROKEN_IMAGE
 from secateur.measure.accuracy import Quality, logits
 from secateur.measure.accuracy import evaluate as measure
-from secateur.recipe import Data
+from secateur.sections import Data
 from secateur.types import CheckpointError, DataError
 
 MODES = {1: "L", 3: "RGB"}

@@ -18,8 +18,9 @@ from secateur.data.augment import AUGMENTATIONS
 from secateur.header import KEY
 from secateur.models import MODELS
 from secateur.models.build import build
-from secateur.recipe import Data, Recipe
+from secateur.recipe import Recipe
 from secateur.schedules import SCHEDULES
+from secateur.sections import Data
 from secateur.train.loop import Settings, draw
 from secateur.train.optimizers import OPTIMIZERS
 from secateur.train.rates import RATES, warmed

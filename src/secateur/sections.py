@@ -1,0 +1,226 @@
+"""The sections of a recipe: every key, its rule, its default and what it means."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Rates = Literal["constant", "cosine", "one_cycle", "step"]
+Names = Annotated[tuple[str, ...], Field(strict=False)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are refused, values are not converted, instances do not change."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class Data(Section):
+    """Where the images come from and how they are split."""
+
+    name: str = "digits"
+    """dataset: digits (embedded), mnist, fashion_mnist, cifar10, cifar100, celeba, imagefolder, hf:NAME_OR_FOLDER"""
+    root: str | None = None
+    """folder of train.parquet and test.parquet, itself or in a folder called NAME, or torchvision's or class folders"""
+    download: bool = False
+    """let torchvision (hf: datasets) download the dataset into root"""
+    image_size: Count | None = None
+    """scale the images to this height and width, what is longer being cut off (null: as they are)"""
+    validation: Share = 0.1
+    """fraction of the training images that is held out for validation"""
+    test: Share = 0.2
+    """fraction of all images that is the test set, for datasets without one"""
+    limit: Count | None = None
+    """use at most this many training images"""
+    normalize: bool = False
+    """subtract the mean and divide by the deviation of the training images, per channel"""
+    augment: Literal[
+        "none",
+        "flip",
+        "crop",
+        "flip_crop",
+        "flip_zero_crop",
+        "flip_crop_cutout",
+        "flip_resized_crop",
+        "flip_resized_crop_light",
+    ] = "none"
+    """done to training images at random: mirror, shift by up to 4 pixels, hide a square, enlarge a part, light"""
+
+
+class Model(Section):
+    """The network."""
+
+    name: str = "s3"
+    """registry name, torchvision:NAME, timm:NAME, transformers:CLASS or package.module:factory"""
+    args: dict[str, JsonValue] = {}
+    """arguments of the builder; classes, channels and image size are filled in where the builder has them"""
+    checkpoint: str | None = None
+    """a .safetensors file with trained weights (of secateur, or a plain state dict)"""
+
+
+class Train(Section):
+    """Training of the dense model."""
+
+    epochs: Annotated[int, Field(ge=0)] = 10
+    """passes over the training images; 0 leaves the model as it is (with a checkpoint)"""
+    batch_size: Count = 32
+    optimizer: Literal["adam", "adamw", "rmsprop", "sgd"] = "adam"
+    lr: Positive = 1e-3
+    """base learning rate"""
+    rate: Rates = "constant"
+    """how the learning rate falls (one_cycle: rises first)"""
+    warmup: NotNegative = 0.0
+    """epochs in which the rate first rises from 1 % of lr; less than epochs"""
+    weight_decay: NotNegative = 0.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """momentum of sgd and rmsprop, first beta of adam and adamw"""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    clip_norm: Positive | None = None
+    """largest norm of all gradients together"""
+    mixup: NotNegative = 0.0
+    """train on blends of two images, their weight drawn from Beta(mixup, mixup); 0: off, 0.2 is usual"""
+    ema: Share | None = None
+    """validate and keep a moving average of the weights with this decay, 0.999 is usual (null: off)"""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of products and convolutions while training; auto: bfloat16 on a GPU that has it, else float32"""
+    channels_last: Literal["auto"] | bool = "auto"
+    """lay images out pixel by pixel while training (NHWC); auto: for convolutions that run that way"""
+    compile: bool = False
+    """run the training passes through torch.compile; pays where training is long"""
+
+
+class Costs(Section):
+    """What a unit costs, taken off its score; fractions of the model's cost that its removal saves."""
+
+    macs: NotNegative = 0.0
+    """weight of the multiply-accumulates"""
+    params: NotNegative = 0.0
+    """weight of the parameters"""
+
+
+class Score(Section):
+    """The criterion: how good a unit is."""
+
+    name: str = "taylor"
+    """taylor, fisher, magnitude, bn_scale, random"""
+    args: dict[str, JsonValue] = {}
+    """arguments of the criterion, e.g. {form: elementwise} of taylor, {p: 1} of magnitude"""
+    samples: Count = 1024
+    """training images that are shown to the criterion"""
+    batch_size: Count = 256
+    cost: Costs = Costs()
+    """score - macs * share of MACs - params * share of parameters"""
+
+
+class Keep(Section):
+    """The budget: exactly one of these fractions stays at the end."""
+
+    units: Fraction | None = None
+    """fraction of all units in prunable groups"""
+    params: Fraction | None = None
+    """fraction of the parameters of the model"""
+    macs: Fraction | None = None
+    """fraction of the multiply-accumulates of the model"""
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        given = [k for k, v in self if v is not None]
+        if len(given) != 1:
+            found = ", ".join(given) or "none"
+            raise ValueError(
+                f"give exactly one of units, params, macs; found {found} "
+                "(to replace it on the command line: 'prune.budget={macs: 0.5}')"
+            )
+        return self
+
+
+class When(Section):
+    """The schedule: how many cuts lead to the budget."""
+
+    name: Literal["cubic", "every", "iterative", "once"] = "iterative"
+    """once: one cut; iterative: cuts of equal size; cubic: large cuts first; every: some units at a time"""
+    steps: Annotated[int, Field(ge=1, le=1000)] = 1
+    """number of cuts (of iterative and cubic)"""
+    units: Count = 1
+    """units that go in one cut of every; recover.epochs or recover.steps is the training in between"""
+
+    @property
+    def several(self) -> bool:
+        """Whether there can be more than one cut."""
+        return self.name == "every" or (self.name != "once" and self.steps > 1)
+
+
+class Prune(Section):
+    """What goes, and when."""
+
+    criterion: Score = Score()
+    budget: Keep = Keep(units=0.5)
+    allocation: Literal["uniform", "global", "isomorphic"] = "global"
+    """how the budget is split over the groups"""
+    schedule: When = When()
+    round_to: Literal["auto"] | Count | None = "auto"
+    """widths become multiples of this; auto: of 8 in groups that are wide enough; null: any width"""
+    min_units: Count = 1
+    """units that stay in every group"""
+    exact_only: bool = False
+    """cut only groups where the masked and the smaller model are the same function"""
+    keep: dict[str, Fraction] = {}
+    """group or module name pattern -> fraction of its units that stays"""
+    freeze: Names = ()
+    """group or module name patterns that stay whole"""
+    stop_drop: Share | None = None
+    """stop when a recovered model is more than this below the dense one in validation accuracy, keep the one before"""
+
+
+class Distil(Section):
+    """Distillation: (1 - mix) loss + mix T^2 KL of the scores + features * difference of the last hidden layer."""
+
+    temperature: Positive = 4.0
+    """T, what the scores are divided by"""
+    mix: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """share of the teacher"""
+    features: NotNegative = 0.0
+    """weight of how differently both see which images are alike; 0: off, 3000 in its source"""
+
+
+class Recover(Section):
+    """What happens after each cut."""
+
+    name: Literal["distil", "finetune", "none", "rewind", "scratch"] = "finetune"
+    """distil: the dense model teaches; rewind: back to an epoch of its training; scratch: new weights at the end"""
+    epochs: Annotated[int, Field(ge=0)] = 1
+    """epochs after each cut but the last"""
+    steps: Count | None = None
+    """optimiser steps after each cut but the last, in place of epochs"""
+    final_epochs: Annotated[int, Field(ge=0)] | None = None
+    """epochs after the last cut (null: the same; of scratch: those of train)"""
+    lr: Positive | None = None
+    """base learning rate (null: that of train; all other options are those of train)"""
+    rate: Rates | None = None
+    """how the learning rate falls (null: as in train)"""
+    warmup: NotNegative = 0.0
+    """epochs in which the rate first rises from 1 % of lr; less than epochs"""
+    recalibrate: Annotated[int, Field(ge=0)] = 0
+    """right after each cut, batches of training images that renew the statistics of batch norms (0: off)"""
+    carry_optimizer: bool = False
+    """keep the momenta of the units that stay; otherwise each recovery starts with a new optimiser"""
+    distil: Distil = Distil()
+    scratch: Literal["epochs", "compute"] = "epochs"
+    """scratch trains as many epochs as the dense model, or (compute) so many that the work is the same"""
+    rewind: Annotated[int, Field(ge=0)] = 1
+    """epoch of the dense training, 0 its beginning, that rewind goes back to"""
+
+
+class Measure(Section):
+    """What is measured at the end."""
+
+    batch_sizes: Annotated[tuple[Count, ...], Field(strict=False, min_length=1)] = (1, 64)
+    """batch sizes at which latency is measured"""
+    repeats: Count = 50
+    """interleaved rounds of the latency measurement"""
