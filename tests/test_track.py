@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
+import json
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -18,7 +18,10 @@ from secateur.cli import app
 from secateur.recipe import loads
 from secateur.report.figures import Line, chart, standalone
 from secateur.track.local import read
-from secateur.track.mlflow import TrackError, metrics, push, revision
+from secateur.track.mlflow import TrackError, bare, push
+from secateur.track.values import metrics, params
+from secateur.train.loop import Point
+from secateur.train.resume import State, write_state
 from secateur.types import Record
 
 TINY = """
@@ -62,23 +65,20 @@ def test_what_is_not_finite_is_no_metric() -> None:
     assert (row.name, row.value, row.step) == ("rate", 0.5, 1)
 
 
+def test_names_that_a_store_refuses_are_written_so_that_it_takes_them() -> None:
+    found = params({"prune": {"keep": {"layer1.*": 0.5, "layer1.?": 0.25}}, "out": None, "track": {"mlflow": "x"}})
+    assert len(found) == 3
+    assert all(re.fullmatch(r"[A-Za-z0-9_.-]+", name) for name in found)
+    assert sorted(found.values()) == ["0.25", "0.5", "None"]
+    assert bare("not http://me:secret@host/a@b but http://host:5") == "not http://host/a@b but http://host:5"
+
+
 def test_a_figure_alone_is_a_whole_file() -> None:
     from xml.etree import ElementTree
 
     svg = standalone(chart("t", [Line("a", "train", [(0, 0.0), (1, 1.0)])], []))
     assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
     assert "<style>" in svg
-
-
-def test_the_revision_is_that_of_the_repository_around(tmp_path: Path) -> None:
-    assert revision(tmp_path) is None
-    names = {f"GIT_{who}_{what}": "a@b.c" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"]):
-        subprocess.run(["git", "-C", str(tmp_path), *words], check=True, env={**os.environ, **names})
-    (tmp_path / "runs").mkdir()
-    found = revision(tmp_path / "runs")
-    assert found is not None
-    assert len(found) == 40
 
 
 def test_without_mlflow_it_says_what_to_install(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,8 +151,12 @@ class TestStore:
         folder = tmp_path / "young"
         folder.mkdir()
         (folder / "recipe.yaml").write_bytes((finished / "recipe.yaml").read_bytes())
-        (folder / "state.safetensors").write_bytes(b"private")
         (folder / "records.jsonl").write_text("".join(lines[:5]))
+        with pytest.raises(TrackError, match="no state yet"):
+            push(folder, store, "other")
+        write_state(folder / "state.safetensors", State(0, 4, Point(), {}))
+        taken_back = {**json.loads(lines[4]), "train_loss": 1e9}  # after the saved state: dropped when it is resumed
+        (folder / "records.jsonl").write_text("".join([*lines[:4], json.dumps(taken_back) + "\n"]))
         first = push(folder, store, "other")
         (run,) = self.runs(store, "other")
         assert run.info.status == "RUNNING"
@@ -167,6 +171,7 @@ class TestStore:
         assert run.info.status == "FINISHED"
         history = self.client(store).get_metric_history(first.run, "train_loss")
         assert [row.step for row in sorted(history, key=lambda row: row.step)] == [1, 2, 3, 4]
+        assert 1e9 not in {row.value for row in history}
 
     def test_a_store_that_fails_half_way_gets_the_rest_later(
         self, store: str, finished: Path, monkeypatch: pytest.MonkeyPatch

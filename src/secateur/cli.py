@@ -129,6 +129,10 @@ def run(
         Path | None,
         typer.Option("--shared", metavar="DIR", help="Take the dense training from here, or leave it here for others."),
     ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option("--source", metavar="DIR", help="Record the git revision of this. [default: the recipe's folder]"),
+    ] = None,
 ) -> None:
     """Train, prune, recover, measure and report, as a recipe says."""
     from secateur.folder import RECORDS, REPORT, choose
@@ -141,7 +145,7 @@ def run(
     folder = choose(chosen, resume)
     try:
         with screen() as shown:
-            carry_out(chosen, folder, resume=resume, screen=shown, shared=shared)
+            carry_out(chosen, folder, resume=resume, screen=shown, shared=shared, source=source or recipe.parent)
     except KeyboardInterrupt as stop:
         again = ["--shared", str(shared)] if shared else []
         words = shlex.join([str(recipe), *(overrides or ()), "--out", str(folder), *again, "--resume"])
@@ -322,16 +326,18 @@ def push(
     uri: Annotated[
         str | None,
         typer.Option(
-            help="Server or store, e.g. http://host:5000, sqlite:///mlflow.db. [default: MLFLOW_TRACKING_URI]"
+            help="Server or store: http://host:5000, sqlite:///mlflow.db. [default: the recipe's; MLFLOW_TRACKING_URI]"
         ),
     ] = None,
     experiment: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Experiment in MLflow. [default: the name of the recipe]")
+        str | None, typer.Option(metavar="NAME", help="Experiment in MLflow. [default: the recipe's, or its name]")
     ] = None,
 ) -> None:
     """Copy a run to MLflow: parameters, metrics, files; a second push adds only what is missing."""
+    from secateur.folder import tracked
     from secateur.track.mlflow import push as copy
 
-    done = copy(folder, uri, experiment)
+    found = tracked(folder)
+    done = copy(folder, uri or found.mlflow, experiment or found.experiment)
     added = f"{done.params} parameters, {done.metrics} metric values, {len(done.files)} files"
     typer.echo(f"run {done.run} of experiment {done.experiment}: {added} added")

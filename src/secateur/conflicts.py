@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def conflicts(recipe: Recipe) -> dict[Path, str]:
     """Return path -> rule for each value of ``recipe`` that another value rules out."""
-    return _warmups(recipe) | _recoveries(recipe) | _schedules(recipe)
+    return _warmups(recipe) | _recoveries(recipe) | _schedules(recipe) | _secrets(recipe)
 
 
 def _warmups(recipe: Recipe) -> dict[Path, str]:
@@ -56,3 +56,10 @@ def _schedules(recipe: Recipe) -> dict[Path, str]:
     if recover.steps is not None and recover.warmup > 0:
         found["recover", "warmup"] = "counts epochs; leave it out where recover.steps counts steps"
     return found
+
+
+def _secrets(recipe: Recipe) -> dict[Path, str]:
+    if "@" not in (recipe.track.mlflow or "").partition("://")[2].partition("/")[0]:
+        return {}
+    why = "a recipe is copied into every record and report, so it must not hold a name or password"
+    return {("track", "mlflow"): f"{why}; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"}

@@ -9,6 +9,7 @@ from ruamel.yaml import YAML
 
 from secateur.recipe import Recipe, load
 from secateur.report.arms import flat
+from secateur.sections import Track
 from secateur.track.local import read
 from secateur.train.resume import atomic_write
 from secateur.types import RecipeError
@@ -52,8 +53,9 @@ def _check_same(recipe: Recipe, folder: Path) -> None:
     before = load(path)
     if before.hash != recipe.hash:
         old, new = flat(before.model_dump(mode="json")), flat(recipe.model_dump(mode="json"))
-        keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and k != "out")
-        rows = [f"{k}: {old.get(k)!r} there, {new.get(k)!r} here" for k in keys]
+        keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+        told = [key for key in keys if key != "out" and not key.startswith("track.")]
+        rows = [f"{k}: {old.get(k)!r} there, {new.get(k)!r} here" for k in told]
         raise RecipeError(
             f"{folder} was made by another recipe, and a run continues only unchanged:\n  " + "\n  ".join(rows)
         )
@@ -68,6 +70,13 @@ def write_recipe(recipe: Recipe, folder: Path) -> None:
     yaml.dump(recipe.model_dump(mode="json"), text)
     head = f"# every value of this run, defaults filled in; hash {recipe.hash}\n"
     atomic_write(folder / RECIPE, (head + text.getvalue()).encode())
+
+
+def tracked(folder: Path) -> Track:
+    """Return where the run in ``folder`` is copied to, as its recipe says (``mlflow`` None: what MLflow is set to)."""
+    path = folder / RECIPE
+    track = load(path).track if path.exists() else Track()
+    return track.model_copy(update={"mlflow": None}) if track.mlflow == "env" else track
 
 
 def complete(folder: Path) -> bool:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,6 +30,8 @@ from secateur.score import score
 from secateur.session import Run, Screen, costs, traced
 from secateur.ship import finish
 from secateur.stages import STAGES, allocate
+from secateur.track.git import revision
+from secateur.track.live import following
 from secateur.track.local import Log
 from secateur.train.loop import Point
 from secateur.train.resume import State, read_state
@@ -41,14 +45,31 @@ def run(
     resume: bool = False,
     screen: Screen | None = None,
     shared: Path | None = None,
+    source: Path | None = None,
 ) -> Path:
     """Carry out ``recipe`` and return the folder of the run (``folder``, or what ``folder.choose`` says).
 
     Everything that can be checked early (data, model, budget, name patterns) is checked before the folder is
-    made.  ``shared`` is a folder of dense trainings that runs share (see ``sharing``).  Raises the errors of the
-    parts; what is on the disk then is a state that ``resume`` continues.
+    made.  ``shared`` is a folder of dense trainings that runs share (see ``sharing``), ``source`` the folder whose
+    git revision is recorded (None: the working directory).  Raises the errors of the parts; what is on the disk
+    then is a state that ``resume`` continues.
     """
     screen = screen or Screen()
+    track = recipe.track
+    with following(resolve.tracking(recipe), track.experiment, track.wait, screen.line) as news:
+        return _carry_out(recipe, folder, resume, screen, shared, revision(source or Path.cwd()), news)
+
+
+def _carry_out(
+    recipe: Recipe,
+    folder: Path | None,
+    resume: bool,
+    screen: Screen,
+    shared: Path | None,
+    at: dict[str, Any] | None,
+    news: Callable[[Path], None],
+) -> Path:
+    """Carry out a run that is at git revision ``at``; ``news`` is called with its folder whenever a state was saved."""
     begin = time.perf_counter()
     folder = folder or choose(recipe, resume)
     if resume and complete(folder):
@@ -64,9 +85,9 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     write_recipe(recipe, folder)
     log = Log(folder / RECORDS, saved.records if saved else 0)
-    run = Run(recipe, folder, data, dense, log, screen, whole(dense), shared=shared)
+    run = Run(recipe, folder, data, dense, log, screen, whole(dense), shared=shared, news=news)
     screen.line(f"run folder: {folder}")
-    model = _restored(run, saved) if saved else _started(run, device)
+    model = _restored(run, saved, at) if saved else _started(run, device, at)
     point = saved.point if saved else Point()
     stages = plan_stages(len(run.targets))
     for run.stage in range(saved.stage if saved else 0, len(stages)):
@@ -80,6 +101,7 @@ def run(
     log.append("end", seconds=time.perf_counter() - begin, resumed=saved is not None)
     for name in (STATE, REWIND, HELD):
         (folder / name).unlink(missing_ok=True)
+    news(folder)
     return folder
 
 
@@ -103,7 +125,7 @@ def _check_early(recipe: Recipe, dense: Graph, data: Dataset) -> None:
     allocate(recipe, dense, scores, recipe.budget)
 
 
-def _started(run: Run, device: torch.device) -> nn.Module:
+def _started(run: Run, device: torch.device, at: dict[str, Any] | None) -> nn.Module:
     """Write the first records of a run; return the dense model."""
     recipe, data, graph = run.recipe, run.data, run.dense
     versions = {name: importlib.metadata.version(name) for name in ("secateur", "torch", "numpy")}
@@ -111,6 +133,7 @@ def _started(run: Run, device: torch.device) -> nn.Module:
         "run",
         recipe=recipe.model_dump(mode="json"),
         hash=recipe.hash,
+        revision=at,
         device=describe(device),
         threads=torch.get_num_threads(),
         platform=platform.platform(),
@@ -132,9 +155,9 @@ def _started(run: Run, device: torch.device) -> nn.Module:
     return graph.model
 
 
-def _restored(run: Run, state: State) -> nn.Module:
+def _restored(run: Run, state: State, at: dict[str, Any] | None) -> nn.Module:
     """Return the model of a saved state; the run's dense graph and plan are brought to it."""
-    run.log.append("resume", at=state.stage)
+    run.log.append("resume", at=state.stage, revision=at)
     run.screen.line(f"resuming at stage {state.stage + 1} of {len(plan_stages(len(run.targets))) + 1}")
     if state.stage > 0:
         device = run.data.source.images.device

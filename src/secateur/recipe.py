@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 
 from secateur.conflicts import conflicts
 from secateur.problems import at, listing, nearest, schema_problems, shown
-from secateur.sections import Count, Data, Measure, Model, Prune, Recover, Score, Section, Train
+from secateur.sections import Count, Data, Measure, Model, Prune, Recover, Score, Section, Track, Train
 from secateur.types import Budget, RecipeError, SecateurError
 from secateur.yaml_source import Path, parse
 
@@ -39,13 +39,14 @@ class Recipe(Section):
     prune: Prune = Prune()
     recover: Recover = Recover()
     measure: Measure = Measure()
+    track: Track = Track()
     out: str | None = None
     """folder of the run (null: runs/NAME, with a number when that is taken)"""
 
     @property
     def hash(self) -> str:
-        """SHA-256 over every value but ``out``, 16 hex digits."""
-        values = self.model_dump(mode="json", exclude={"out"})
+        """SHA-256 over every value but ``out`` and ``track``, which say where to and not what; 16 hex digits."""
+        values = self.model_dump(mode="json", exclude={"out", "track"})
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     @property

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -37,6 +39,26 @@ def device(recipe: Recipe) -> torch.device:
         count = torch.cuda.device_count() if present else 0
         raise RecipeError(f"device = {recipe.device!r}: {count} CUDA devices were found; use auto or cpu.")
     return chosen
+
+
+def tracking(recipe: Recipe) -> str | None:
+    """Return the address of the MLflow store that the run is copied to, None for none.
+
+    Raises ``RecipeError`` where one is asked for that cannot be: no MLflow, or no address.  Nothing is asked of
+    the store itself, which may come up later.
+    """
+    if recipe.track.mlflow is None:
+        return None
+    missing = [name for name in ("mlflow", "sqlalchemy") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RecipeError(
+            f"track.mlflow = {recipe.track.mlflow!r}: {missing[0]} is not installed; install the extra `track` "
+            "(pip install 'secateur[track]'), or run with track.mlflow=null and push later."
+        )
+    found = os.environ.get("MLFLOW_TRACKING_URI") if recipe.track.mlflow == "env" else recipe.track.mlflow
+    if not found:
+        raise RecipeError("track.mlflow = 'env', but MLFLOW_TRACKING_URI is not set; set it, or name the store here.")
+    return found
 
 
 def dataset(data: Data, seed: int) -> Dataset:

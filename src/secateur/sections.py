@@ -217,6 +217,17 @@ class Recover(Section):
     """epoch of the dense training, 0 its beginning, that rewind goes back to"""
 
 
+class Track(Section):
+    """Where a run is copied while it works; its folder is always whole."""
+
+    mlflow: str | None = None
+    """MLflow server or store: http://HOST:5000, sqlite:///FILE, or env: the one in MLFLOW_TRACKING_URI (null: none)"""
+    experiment: str | None = None
+    """experiment in MLflow (null: name of the recipe)"""
+    wait: NotNegative = 5.0
+    """seconds that the end of a run gives what is still being sent; `secateur track push` sends the rest"""
+
+
 class Measure(Section):
     """What is measured at the end."""
 

@@ -40,7 +40,7 @@ class Run:
     """Everything the stages share.
 
     ``plan`` is what was cut so far, as a plan of the dense graph; ``stopped`` says that no cut follows.
-    ``shared`` is the folder of dense trainings that runs share.
+    ``shared`` is the folder of dense trainings that runs share; ``news`` is called when a state was saved.
     """
 
     recipe: Recipe
@@ -53,6 +53,7 @@ class Run:
     stage: int = 0
     stopped: bool = False
     shared: Path | None = None
+    news: Callable[[Path], None] = lambda folder: None
 
     @property
     def example(self) -> torch.Tensor:
@@ -71,6 +72,7 @@ class Run:
     def save_state(self, stage: int, model: nn.Module, point: Point) -> None:
         """Replace the saved state."""
         write_state(self.folder / STATE, State(stage, self.log.count, point, tensors_of(model), self.plan.to_json()))
+        self.news(self.folder)
 
     def shrunk(self, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
         """Return the model that ``plan`` makes of the dense one, with these weights."""

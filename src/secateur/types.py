@@ -16,11 +16,13 @@ import base64
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import nn
+
+if TYPE_CHECKING:  # only named in types, and the processes that read records do without
+    import torch
+    from torch import nn
 
 PLAN_FORMAT = 1
 

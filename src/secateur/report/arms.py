@@ -14,7 +14,7 @@ from secateur.types import Record, SecateurError
 
 DENSE, PRUNED, RANDOM, SCRATCH = "dense", "pruned", "random control", "from scratch"
 ROLES = (DENSE, PRUNED, RANDOM, SCRATCH)
-LABELS = ("name", "out", "seed", "prune.criterion.args.seed")  # what does not make another experiment
+LABELS = ("name", "out", "seed", "track", "prune.criterion.args.seed")  # what does not make another experiment
 AFTER = ("prune", "recover", "measure")  # what does not make another dense model
 
 Key = tuple[tuple[str, str], ...]

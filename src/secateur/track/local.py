@@ -12,6 +12,8 @@ from typing import Any
 
 from secateur.types import CheckpointError, Record
 
+LONGEST_HEAD = 100_000_000  # bytes; safetensors allows no more
+
 
 class Log:
     """Appends records to ``path``; ``keep`` first drops all but that many (what came after a saved state)."""
@@ -29,13 +31,17 @@ class Log:
     def append(self, stage: str, **data: Any) -> Record:
         """Write one record: ``stage``, the time (seconds since 1970) and ``data`` (JSON values)."""
         record = Record(stage, finite(data), time.time())
-        line = json.dumps({"stage": stage, "time": record.time, **record.data}, allow_nan=False)
         with open(self.path, "ab") as file:
-            file.write(line.encode() + b"\n")
+            file.write(line(record))
             file.flush()
             os.fsync(file.fileno())
         self.count += 1
         return record
+
+
+def line(record: Record) -> bytes:
+    """Return a record as it stands in the file."""
+    return json.dumps({"stage": record.stage, "time": record.time, **record.data}, allow_nan=False).encode() + b"\n"
 
 
 def read(path: Path) -> list[Record]:
@@ -55,6 +61,32 @@ def read(path: Path) -> list[Record]:
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{path}:{number}: this line is not a record ({error}).") from error
     return records
+
+
+def settled(records: Path, state: Path) -> list[Record]:
+    """Return the records that stay: all of a finished run, else those that the saved ``state`` counts.
+
+    What came after the saved state is dropped and done again when the run is resumed, so that a copy elsewhere
+    must wait for it.  Raises ``CheckpointError`` as ``read`` does.
+    """
+    for _ in range(2):  # a run that ends between the two looks has no state, but an end
+        found = read(records)
+        if any(record.stage == "end" for record in found):
+            return found
+        if (count := _counted(state)) is not None:
+            return found[:count]
+    return []
+
+
+def _counted(state: Path) -> int | None:
+    """Return how many records belong to a saved state, by the header of its file alone; None without a state."""
+    try:
+        with open(state, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            head = json.loads(file.read(min(size, LONGEST_HEAD)))
+        return int(json.loads(head["__metadata__"]["state"])["records"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def finite(value: Any) -> Any:

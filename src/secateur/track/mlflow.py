@@ -1,59 +1,46 @@
 """A run folder into an MLflow store: parameters, metrics, figures and files.  Pushing again adds what is missing.
 
-The run itself never talks to a server; its folder stays the one truth, and this copies it.
+The folder stays the one truth; this copies it.  A record is copied once no resume can take it back, so that a
+store, from which nothing can be removed, never holds what did not happen.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import fcntl
 import os
 import re
-import subprocess
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from secateur.report.arms import flat
-from secateur.report.figures import standalone
-from secateur.report.view import charts
-from secateur.track.local import read
+from secateur.track.artefacts import PRIVATE, RECORDS, artefacts, digest
+from secateur.track.local import read, settled
+from secateur.track.values import Metric, metrics, params
 from secateur.types import Record, SecateurError
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
-RECORDS = "records.jsonl"
-PRIVATE = ("state.safetensors",)  # of an unfinished run; gone at its end
-KEY, DIGESTS = "secateur.run", "secateur.files"
+KEY, FILE = "secateur.run", "secateur.file."  # tags: which run it is; digest of a file that arrived
 COMMIT, NAME = "mlflow.source.git.commit", "mlflow.runName"
-LONGEST = 500  # characters of a parameter, the limit of the oldest stores
 BATCH = {"metrics": 500, "params": 100}  # what one request may hold
+TURN = 60.0  # seconds that a push waits while another one copies the same run
 QUIET = {  # no telemetry, short waits for a server that is down, no lines of its own on stdout
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-EPOCH = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "rate")
 
 
 class TrackError(SecateurError):
     """A tracking store that is missing, does not answer, or refuses."""
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One value of a metric: at ``step`` (epochs or cuts so far), taken at ``time`` (seconds since 1970)."""
-
-    name: str
-    value: float
-    step: int
-    time: float
 
 
 @dataclass(frozen=True)
@@ -67,6 +54,19 @@ class Pushed:
     files: tuple[str, ...]
 
 
+@dataclass(eq=False)
+class Copy:
+    """A run in a store, and what the store is known to hold of it: names, steps of each metric, file digests."""
+
+    client: MlflowClient
+    run: str
+    experiment: str
+    status: str
+    params: set[str] = field(default_factory=set)
+    steps: dict[str, set[int]] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+
+
 def push(folder: Path, uri: str | None = None, experiment: str | None = None) -> Pushed:
     """Copy the run in ``folder`` to the store at ``uri`` (None: what MLflow is set to), and say what was new.
 
@@ -74,24 +74,16 @@ def push(folder: Path, uri: str | None = None, experiment: str | None = None) ->
     ``experiment`` defaults to the name of the recipe.  Raises ``TrackError`` when MLflow is missing or the store
     does not answer; what had arrived stays, and the next push adds the rest.
     """
-    records = read(folder / RECORDS)
-    first = next((record for record in records if record.stage == "run"), None)
-    if first is None:
+    if not any(record.stage == "run" for record in read(folder / RECORDS)):
         raise TrackError(f"{folder / RECORDS} has no record of a start; is this the folder of a run?")
-    recipe = first.data["recipe"]
-    with _answering(folder, uri):
-        client = _client(uri)
-        number = _experiment(client, experiment or str(recipe["name"]))
-        run = _run(client, number, first, folder)
-        added = _add_values(client, run, recipe, records)
-        files = _add_files(client, run, folder, records)
-        if any(record.stage == "end" for record in records) and run.info.status != "FINISHED":
-            client.set_terminated(run.info.run_id, "FINISHED", round(records[-1].time * 1000))
-    return Pushed(run.info.run_id, experiment or str(recipe["name"]), *added, files)
+    if not (records := settled(folder / RECORDS, folder / PRIVATE[0])):
+        raise TrackError(f"the run in {folder} has saved no state yet; push again after its first epoch.")
+    with answering(folder, uri), alone(folder):
+        return bring(find(folder, records, uri, experiment), folder, records)
 
 
 @contextmanager
-def _answering(folder: Path, uri: str | None) -> Iterator[None]:
+def answering(folder: Path, uri: str | None) -> Iterator[None]:
     """Turn what MLflow raises into one message; keep its telemetry off, its waits short and its warnings quiet."""
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
@@ -113,23 +105,70 @@ def _answering(folder: Path, uri: str | None) -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError, OSError) as error:  # errors of HTTP are OSErrors
-        why = str(error).strip().splitlines()[0][:300]
-        raise TrackError(
-            f"the MLflow store {store} did not take the run: {why}. Nothing in {folder} was changed; push again "
-            "when the store answers, what had arrived is not sent twice."
-        ) from error
+        why = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        text = f"the MLflow store {store} did not take the run: {why}. Nothing in {folder} was changed; push again "
+        raise TrackError(bare(f"{text}when the store answers, what had arrived is not sent twice.")) from error
 
 
-def _client(uri: str | None) -> MlflowClient:
+def bare(text: str) -> str:
+    """Return ``text`` without the names and passwords in its addresses.
+
+    >>> bare("http://me:secret@host:5000 is down")
+    'http://host:5000 is down'
+    """
+    return re.sub(r"(?<=://)[^/@\s]*@", "", text)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold the folder, so that a run that copies itself and a push do not both start the copy.
+
+    The lock is on the folder itself: no file is added.  Raises ``TrackError`` when another one keeps it.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        end = time.monotonic() + TURN
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > end:
+                    raise TrackError(f"{folder} is being copied by another process; push again later.") from error
+                time.sleep(0.05)
+        yield
+    finally:
+        os.close(handle)
+
+
+def find(folder: Path, records: Sequence[Record], uri: str | None, experiment: str | None) -> Copy:
+    """Return the copy of a run in a store, begun when it is not there, with what is in it already."""
     from mlflow.tracking import MlflowClient
 
-    return MlflowClient(tracking_uri=uri)
+    client = MlflowClient(tracking_uri=uri)
+    first = next(record for record in records if record.stage == "run")
+    name = experiment or str(first.data["recipe"]["name"])
+    run = _run(client, _experiment(client, name), first, folder)
+    number = run.info.run_id
+    steps = {key: {row.step for row in client.get_metric_history(number, key)} for key in run.data.metrics}
+    there = set(_present(client, number))
+    tags = {key.removeprefix(FILE): value for key, value in run.data.tags.items() if key.startswith(FILE)}
+    digests = {where: value for where, value in tags.items() if where in there}
+    return Copy(client, number, name, run.info.status, set(run.data.params), steps, digests)
 
 
 def _experiment(client: MlflowClient, name: str) -> str:
     """Return the id of the experiment ``name``, made when it is not there."""
-    found = client.get_experiment_by_name(name)
-    return found.experiment_id if found else client.create_experiment(name)
+    from mlflow.exceptions import MlflowException
+
+    if found := client.get_experiment_by_name(name):
+        return found.experiment_id
+    try:
+        return client.create_experiment(name)
+    except MlflowException:
+        if found := client.get_experiment_by_name(name):  # another run made it at this moment
+            return found.experiment_id
+        raise
 
 
 def _run(client: MlflowClient, experiment: str, first: Record, folder: Path) -> Run:
@@ -147,88 +186,58 @@ def _run(client: MlflowClient, experiment: str, first: Record, folder: Path) -> 
         "secateur.platform": data["platform"],
         **{f"secateur.version.{name}": version for name, version in data["versions"].items()},
     }
-    commit = revision(folder)
-    if commit:
-        tags[COMMIT] = commit
+    if revision := data.get("revision"):
+        tags |= {COMMIT: revision["commit"], "secateur.git.dirty": str(revision["dirty"])}
     return client.create_run(experiment, round(first.time * 1000), tags)
 
 
-def revision(folder: Path) -> str | None:
-    """Return the git commit of the repository that ``folder`` is in, None where there is none."""
-    words = ["git", "-C", str(folder), "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+def bring(copy: Copy, folder: Path, records: Sequence[Record], *, files: bool = True) -> Pushed:
+    """Add to ``copy`` what it lacks of ``records`` and (with ``files``) of the folder; say what that was."""
+    recipe = next(record for record in records if record.stage == "run").data["recipe"]
+    given = {name: value for name, value in params(recipe).items() if name not in copy.params}
+    rows = [row for row in metrics(records) if row.step not in copy.steps.get(row.name, ())]
+    _send(copy, given, rows)
+    sent = tuple(_send_files(copy, folder, records)) if files else ()
+    ended = any(record.stage == "end" for record in records)
+    if ended and files and copy.status != "FINISHED":
+        copy.client.set_terminated(copy.run, "FINISHED", round(records[-1].time * 1000))
+        copy.status = "FINISHED"
+    return Pushed(copy.run, copy.experiment, len(given), len(rows), sent)
 
 
-def _add_values(client: MlflowClient, run: Run, recipe: Any, records: Sequence[Record]) -> tuple[int, int]:
-    """Add the parameters and metric values that are not there; return how many of each."""
+def _send(copy: Copy, given: dict[str, str], rows: Sequence[Metric]) -> None:
     from mlflow.entities import Metric as Entry
     from mlflow.entities import Param
 
-    name = run.info.run_id
-    params = [Param(key, str(value)[:LONGEST]) for key, value in flat(recipe).items() if key not in run.data.params]
-    found = metrics(records)
-    have = {key: {row.step for row in client.get_metric_history(name, key)} for key in run.data.metrics}
-    missing = [row for row in found if row.step not in have.get(row.name, ())]
-    entries = [Entry(row.name, row.value, round(row.time * 1000), row.step) for row in missing]
-    for start in range(0, len(params), BATCH["params"]):
-        client.log_batch(name, params=params[start : start + BATCH["params"]])
-    for start in range(0, len(entries), BATCH["metrics"]):
-        client.log_batch(name, metrics=entries[start : start + BATCH["metrics"]])
-    return len(params), len(entries)
+    for start in range(0, len(given), BATCH["params"]):
+        part = list(given.items())[start : start + BATCH["params"]]
+        copy.client.log_batch(copy.run, params=[Param(name, value) for name, value in part])
+        copy.params |= {name for name, _ in part}
+    for start in range(0, len(rows), BATCH["metrics"]):
+        some = rows[start : start + BATCH["metrics"]]
+        entries = [Entry(row.name, row.value, round(row.time * 1000), row.step) for row in some]
+        copy.client.log_batch(copy.run, metrics=entries)
+        for row in some:
+            copy.steps.setdefault(row.name, set()).add(row.step)
 
 
-def metrics(records: Sequence[Record]) -> list[Metric]:
-    """Return the metrics of a run: per epoch, per cut, and the measurements at the end with their spreads.
-
-    The step of an epoch counts the epochs of all phases; that of a cut is its number.
-    """
-    rows: list[tuple[str, Any, int, float]] = []
-    epochs = 0
-    for record in records:
-        data, time = record.data, record.time
-        if record.stage == "epoch":
-            epochs += 1
-            rows += [(name, data[name], epochs, time) for name in EPOCH]
-        elif record.stage == "cut":
-            step = int(data["step"])
-            rows += [(f"keep/{name}", value, step, time) for name, value in data["achieved"].items()]
-            for moment in ("before", "after"):
-                rows += [(f"cut/{moment}_{name}", data[moment][name], step, time) for name in ("loss", "top1", "top5")]
-        elif record.stage == "recovered":
-            rows += [
-                (f"cut/recovered_{name}", data[name], int(data["step"]), time) for name in ("loss", "top1", "top5")
-            ]
-        elif record.stage == "measure":
-            for model, found in data["measurements"].items():
-                for row in found:
-                    name = f"{model}/{re.sub(r'[^A-Za-z0-9_.-]+', '_', row['name'])}"
-                    rows += [(name, row["value"], 0, time), (f"{name}.spread", row["spread"], 0, time)]
-    return [Metric(name, float(value), step, time) for name, value, step, time in rows if value is not None]
-
-
-def _add_files(client: MlflowClient, run: Run, folder: Path, records: Sequence[Record]) -> tuple[str, ...]:
-    """Add the files of the run and its figures, those that are new or changed; return their names.
-
-    A tag holds the digest of each file that arrived, written after the file.
-    """
-    name = run.info.run_id
-    present = set(_present(client, name))
-    digests: dict[str, str] = json.loads(run.data.tags.get(DIGESTS, "{}"))
-    digests = {where: digest for where, digest in digests.items() if where in present}
-    sent = []
+def _send_files(copy: Copy, folder: Path, records: Sequence[Record]) -> Iterator[str]:
+    """Add the files that are new or changed; yield their names.  A tag with the digest follows each file."""
     with tempfile.TemporaryDirectory() as scratch:
-        for path, where in [*_files(folder), *_figures(records, Path(scratch))]:
-            digest = _digest(path)
-            if digests.get(where) != digest:
-                client.log_artifact(name, str(path), str(Path(where).parent) if "/" in where else None)
-                digests[where] = digest
-                client.set_tag(name, DIGESTS, json.dumps(digests))
-                sent.append(where)
-    return tuple(sent)
+        for path, where in artefacts(folder, records, Path(scratch)):
+            found = digest(path)
+            if copy.digests.get(where) != found:
+                copy.client.log_artifact(copy.run, str(path), str(Path(where).parent) if "/" in where else None)
+                copy.client.set_tag(copy.run, FILE + where, found)
+                copy.digests[where] = found
+                yield where
+
+
+def mark(copy: Copy, status: str) -> None:
+    """Set the status of an unfinished run: RUNNING, or KILLED for one that ended before its end."""
+    if copy.status not in (status, "FINISHED"):
+        copy.client.update_run(copy.run, status=status)
+        copy.status = status
 
 
 def _present(client: MlflowClient, name: str, path: str | None = None) -> Iterator[str]:
@@ -238,28 +247,3 @@ def _present(client: MlflowClient, name: str, path: str | None = None) -> Iterat
             yield from _present(client, name, entry.path)
         else:
             yield entry.path
-
-
-def _files(folder: Path) -> list[tuple[Path, str]]:
-    """Return (file, name in the store) of everything in a run folder that is not private."""
-    found = [(path, path.relative_to(folder).as_posix()) for path in sorted(folder.rglob("*")) if path.is_file()]
-    return [(path, name) for path, name in found if name not in PRIVATE and not path.name.startswith(".")]
-
-
-def _figures(records: Sequence[Record], scratch: Path) -> list[tuple[Path, str]]:
-    """Write the curves of a run as pictures; return (file, name in the store)."""
-    stages: dict[str, list[Any]] = {}
-    for record in records:
-        stages.setdefault(record.stage, []).append(record.data)
-    found = []
-    for title, svg in charts(stages):
-        if svg:
-            path = scratch / f"{title.lower()}.svg"
-            path.write_text(standalone(svg))
-            found.append((path, f"figures/{path.name}"))
-    return found
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
