@@ -15,7 +15,7 @@ format:
 	uv run ruff format
 
 slow:  ## the tests that take minutes
-	uv run --group census pytest -m slow
+	uv run --group census --group cluster pytest -m slow
 
 lowest:  ## the tests on the oldest versions that pyproject.toml allows
 	uv venv -q --clear .venv/lowest

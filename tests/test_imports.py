@@ -51,6 +51,11 @@ PARTS = {  # files that carry a part of one of the names above, or stand apart f
     "look": "pipeline",
     "compare": "pipeline",
     "sweep": "pipeline",
+    "grid": "pipeline",
+    "launch": "pipeline",
+    "attend": "pipeline",
+    "cluster": "pipeline",
+    "lifeline": "pipeline",
     "starter": "cli",
     "terminal": "cli",
 }

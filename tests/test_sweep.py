@@ -16,11 +16,13 @@ import torch
 from typer.testing import CliRunner
 
 import secateur as sc
-from secateur import pipeline
+from secateur import launch, pipeline
 from secateur.cli import app
+from secateur.grid import Cell, cells, folder_name, parse_grid
+from secateur.launch import End, Here, threads
 from secateur.recipe import load, loads
 from secateur.session import Screen
-from secateur.sweep import Cell, cells, folder_name, parse_grid, sweep, threads
+from secateur.sweep import Losses, sweep
 from secateur.types import RecipeError, SecateurError
 
 TINY = """
@@ -139,7 +141,7 @@ def test_a_failed_cell_is_listed_and_the_others_are_kept_skipped_and_compared(
 
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     started: list[Cell] = []
-    monkeypatch.setattr(module_of(), "_start", lambda cell, *rest: started.append(cell) or no_process())
+    monkeypatch.setattr(Here, "start", lambda self, cell, log: started.append(cell) or no_process())
     lines: list[str] = []
     result = sweep(
         recipe, ["prune.freeze=[],[layer9],['2']"], out, overrides=["threads=1"], screen=Screen(lines.append)
@@ -153,10 +155,6 @@ def test_a_failed_cell_is_listed_and_the_others_are_kept_skipped_and_compared(
 
 def no_process() -> None:
     raise OSError("no process left")
-
-
-def module_of() -> object:
-    return sys.modules["secateur.sweep"]
 
 
 def test_an_interrupted_sweep_goes_on_to_the_same_bits(recipe: Path, tmp_path: Path) -> None:
@@ -184,9 +182,7 @@ def test_an_interrupted_sweep_goes_on_to_the_same_bits(recipe: Path, tmp_path: P
 def stand_in(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     """Let a short program stand for the run of a cell; ``folder`` is its folder."""
     start = "import os, sys, time, pathlib; folder = pathlib.Path(sys.argv[1])\n"
-    monkeypatch.setattr(
-        module_of(), "command", lambda cell: [sys.executable, "-S", "-c", start + code, str(cell.folder)]
-    )
+    monkeypatch.setattr(launch, "command", lambda cell: [sys.executable, "-S", "-c", start + code, str(cell.folder)])
 
 
 def test_jobs_run_at_once_and_share_the_threads(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +220,7 @@ def test_the_lock_outlives_a_killed_sweep(recipe: Path, tmp_path: Path, monkeypa
     cell.folder.mkdir()
     with open(out / ".lock", "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        worker = module_of()._start(cell, tmp_path / "log", 1, file)  # type: ignore[attr-defined]
+        worker = Here(1, file).start(cell, tmp_path / "log")
     with pytest.raises(SecateurError, match="left behind"):
         sweep(recipe, ["seed=0"], out)
     worker.process.wait()
@@ -242,3 +238,17 @@ def test_mistakes_at_the_command_line(recipe: Path, tmp_path: Path) -> None:
         assert done.stderr.startswith("error: ")
         assert part in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_lost_run_is_tried_again_while_it_gets_on(recipe: Path, tmp_path: Path) -> None:
+    (cell,) = cells(recipe, ["seed=0"], tmp_path / "out")
+    cell.folder.mkdir(parents=True)
+    losses, lost = Losses(), End("its worker was lost", lost=True)
+    assert not losses.again(cell, End("wrong"))
+    assert [losses.again(cell, lost) for _ in range(3)] == [True, True, False]
+    losses = Losses()
+    for size in range(1, 9):  # a record more each time
+        (cell.folder / "records.jsonl").write_text("x" * size)
+        assert losses.again(cell, lost)
+    assert losses.again(cell, lost)
+    assert not losses.again(cell, lost)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,14 +99,22 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
 class TestStore:
     """With MLflow installed: a store in a file."""
 
-    @pytest.fixture
-    def store(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-        monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    @pytest.fixture(scope="class")
+    def empty(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """A store without a run: MLflow takes seconds to make its tables."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             pytest.importorskip("mlflow", reason="the extra `track` is not installed")
+            path = tmp_path_factory.mktemp("empty") / "store.db"
+            self.client(f"sqlite:///{path}").search_experiments()
+        return path
+
+    @pytest.fixture
+    def store(self, empty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+        monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         monkeypatch.chdir(tmp_path)
+        shutil.copy(empty, tmp_path / "store.db")
         return f"sqlite:///{tmp_path / 'store.db'}"
 
     def client(self, store: str) -> Any:
@@ -229,5 +237,6 @@ class TestStore:
 
     def test_the_command(self, store: str, finished: Path) -> None:
         words = ["track", "push", str(finished), "--uri", store, "--experiment", "mine"]
-        assert "of experiment mine: 5" in CliRunner().invoke(app, words).stdout
+        count = len(params(read(finished / "records.jsonl")[0].data["recipe"]))
+        assert f"of experiment mine: {count} parameters" in CliRunner().invoke(app, words).stdout
         assert "0 parameters, 0 metric values, 0 files added" in CliRunner().invoke(app, words).stdout

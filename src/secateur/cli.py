@@ -292,7 +292,16 @@ def sweep(
         list[str] | None,
         typer.Option("--grid", metavar="KEY=A,B,...", help="A key and its values, e.g. seed=0,1,2; repeatable."),
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at once; the processor's threads are divided.")] = 1,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs at once; they share the processor's threads. [default: 1; with --ray, all]"),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option("--ray", metavar="ADDRESS", help="Run on a Ray cluster: HOST:PORT of its head, or auto."),
+    ] = None,
+    cpus: Annotated[int, typer.Option(min=1, help="Processors of each run on the cluster.")] = 1,
+    gpus: Annotated[float, typer.Option(min=0, help="GPUs of each run on the cluster, e.g. 1 or 0.5.")] = 0.0,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Folder of the sweep. [default: runs/NAME-sweep]")
     ] = None,
@@ -301,13 +310,15 @@ def sweep(
     from secateur.compare import PAGE
     from secateur.recipe import load
     from secateur.report.compared import table
+    from secateur.sweep import OnRay
     from secateur.sweep import sweep as carry_out
     from secateur.terminal import screen
 
     folder = out or Path("runs") / f"{load(recipe, overrides or ()).name}-sweep"
+    put = OnRay(ray, cpus, gpus) if ray else None
     try:
         with screen() as shown:
-            result = carry_out(recipe, grid or (), folder, overrides=overrides or (), jobs=jobs, screen=shown)
+            result = carry_out(recipe, grid or (), folder, overrides=overrides or (), jobs=jobs, screen=shown, ray=put)
     except KeyboardInterrupt as stop:
         raise type(stop)(f"Finished cells are kept; the same command with --out {folder} continues.") from None
     if result.comparison:
