@@ -144,6 +144,7 @@ class TestCluster:
         found.shutdown()
 
     @pytest.mark.slow
+    @pytest.mark.timeout(600)
     @pytest.mark.filterwarnings("ignore")  # those of Ray
     def test_a_sweep_survives_a_node_that_is_killed(self, nodes: tuple[str, Any, list[Any]], tmp_path: Path) -> None:
         address, found, workers = nodes
@@ -155,7 +156,7 @@ class TestCluster:
             states = [out / f"seed={seed}" / "state.safetensors" for seed in range(4)]
             wait_for(lambda: sum(state.exists() for state in states) >= 2)  # both nodes are at work
             found.remove_node(workers[0], allow_graceful=False)  # killed with all that runs there
-            said, _ = process.communicate(timeout=280)
+            said, _ = process.communicate(timeout=560)
         assert process.returncode == 0, said
         assert "it goes on from its saved state elsewhere" in said
         assert "4 of 4: " in said
