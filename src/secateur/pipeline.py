@@ -121,7 +121,7 @@ def _started(run: Run, device: torch.device) -> nn.Module:
     run.log.append("data", name=data.source.name, classes=data.classes, shape=data.shape, **sizes)
     groups = [
         {"name": g.name, "units": g.units, "kind": g.granularity, "exact": g.exact, "frozen": g.frozen}
-        for g in graph.groups
+        for g in scored(recipe, graph).groups
     ]
     figures = costs(graph)
     run.log.append("model", name=recipe.model.name, groups=groups, seconds=graph.seconds, **figures)
