@@ -20,9 +20,11 @@ NAMES = {
     "test top5": "test top-5 accuracy",
     "params": "parameters",
     "macs": "MACs per image",
+    "unmasked params": "parameters that are not masked",
+    "unmasked macs": "MACs that are not masked (theory)",
     "file": "checkpoint",
 }
-CARDS = ("test top1", "params", "macs", "latency")
+CARDS = ("test top1", "unmasked params", "params", "macs", "latency")
 
 
 def view(records: Sequence[Record]) -> dict[str, Any]:
@@ -38,6 +40,7 @@ def view(records: Sequence[Record]) -> dict[str, Any]:
     return {
         "run": run,
         "recipe": run.get("recipe", {}),
+        "granularity": run.get("recipe", {}).get("prune", {}).get("granularity"),
         "data": _last(stages, "data"),
         "model": model,
         "when": datetime.fromtimestamp(records[0].time, UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -51,6 +54,7 @@ def view(records: Sequence[Record]) -> dict[str, Any]:
         "layers": _layers(measure.get("layers", {})),
         "cuts": [{**cut, "recovered": recovered.get(cut["step"])} for cut in cuts],
         "dense": _last(stages, "dense"),
+        "folded": _last(stages, "folded"),
         "proof": [row for cut in cuts for row in cut["proof"]],
         "charts": charts(stages),
     }
