@@ -17,7 +17,7 @@ from torch import nn
 from secateur import resolve
 from secateur.checkpoint import load
 from secateur.criteria import Magnitude
-from secateur.criteria.evidence import PER_SAMPLE
+from secateur.criteria.evidence import DATA
 from secateur.data import Dataset
 from secateur.folder import DENSE, HELD, RECORDS, REWIND, STATE, choose, complete, write_recipe
 from secateur.measure.accuracy import logits
@@ -99,7 +99,7 @@ def _check_early(recipe: Recipe, dense: Graph, data: Dataset) -> None:
             f"{data.source.name!r} has {len(data.classes)} classes; set the builder's argument in model.args."
         )
     wanted = resolve.criterion(recipe)
-    scores = score(dense, Magnitude() if wanted.evidence & PER_SAMPLE else wanted)
+    scores = score(dense, Magnitude() if wanted.evidence & DATA else wanted)
     allocate(recipe, dense, scores, recipe.budget)
 
 
