@@ -38,6 +38,7 @@ PARTS = {  # files that carry a part of one of the names above, or stand apart f
     "sharing": "pipeline",
     "problems": "pipeline",
     "conflicts": "pipeline",
+    "during": "pipeline",
     "recovery": "pipeline",
     "yaml_source": "pipeline",
     "resolve": "pipeline",
@@ -51,6 +52,7 @@ PARTS = {  # files that carry a part of one of the names above, or stand apart f
     "look": "pipeline",
     "compare": "pipeline",
     "sweep": "pipeline",
+    "choice": "cli",
     "starter": "cli",
     "terminal": "cli",
 }
