@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import secateur as sc
 from secateur.criteria import Contribution, Evidence, Random, Worst
+from secateur.criteria.shares import Shares
 from secateur.score import score
 from secateur.types import Graph, Group, PlanError, Site
 
@@ -201,6 +202,24 @@ def test_batches_and_their_order_do_not_matter() -> None:
         parts = values_of(graph, [x[5:], x[:1], x[1:5]], name)
         for one, other in zip(whole, parts, strict=True):
             assert one.allclose(other, rtol=1e-5)
+
+
+def test_a_part_of_the_samples_can_be_looked_at_in_any_pass() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    x = torch.randn(9, 1, 8, 8)
+    graph = sc.trace(net, x)
+    groups = [group for group in graph.groups if group.prunable]
+    with Shares(graph, groups, frozenset(BOTH), every=4) as shares:
+        net.train()(x).sum().backward()  # a step of training: the gradients are those of the model
+    grads = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    net(x).sum().backward()
+    assert all(torch.equal(a, p.grad) for a, p in zip(grads, net.parameters(), strict=True))
+    for group in groups:
+        mean, top = values_of(graph, [x[[0, 4, 8]]], group.name)
+        assert shares.read(group)["contributions"].allclose(mean, rtol=1e-5)
+        assert shares.read(group)["contribution_max"].allclose(top, rtol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])

@@ -143,7 +143,7 @@ def test_the_worst_arm_removes_what_the_other_keeps(arms: Path) -> None:
 
 
 def test_momentum_goes_along(tmp_path: Path) -> None:
-    """With a learning rate of next to nothing the memory is all that could differ after an event."""
+    """The memory of the optimiser is all that differs."""
     assert loads(TINY).recover.carry_optimizer
     words = ["recover.carry_optimizer=false"]
     pipeline.run(loads(TINY, overrides=words), tmp_path / "fresh")

@@ -18,7 +18,7 @@ def magnitude(values: Tensor) -> Tensor:
     values = values.detach()
     values = (values if values.dtype == torch.float64 else values.float()).abs()
     top = values.amax()
-    return values / torch.where((top > 0) & top.isfinite(), top, 1)
+    return values.div_(torch.where((top > 0) & top.isfinite(), top, 1))
 
 
 def reciprocal(sums: Tensor) -> Tensor:
@@ -29,6 +29,8 @@ def reciprocal(sums: Tensor) -> Tensor:
 def shares(a: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     """Return the shares (P,) summed over samples and outputs, and 1 / S (F, M), of magnitudes (F, P) and (M, P)."""
     inverse = reciprocal(a @ w.T)
+    if len(a) < len(w):  # the same sums; the smaller table is the cheaper one
+        return (a * (inverse @ w)).sum(0), inverse
     return (w * (inverse.T @ a)).sum(0), inverse
 
 

@@ -41,10 +41,12 @@ class Shares:
     the result is the mean over samples and next units; in a map it is also the mean over positions.  Consumers are
     convolutions, linear layers, and other modules that contract the axis with 2-D weights of their own (recurrent
     layers: their gates).  What has no site (raw weights used in functions) or no such weight is not seen.
+
+    The hooks work in any forward pass, of training too.  ``every``: look at each so-many-th sample of a batch alone.
     """
 
-    def __init__(self, graph: Graph, groups: Iterable[Group], names: frozenset[str]) -> None:
-        self.names = names & STREAMED
+    def __init__(self, graph: Graph, groups: Iterable[Group], names: frozenset[str], every: int = 1) -> None:
+        self.names, self.every = names & STREAMED, every
         self._graph = graph
         self._seen: dict[Key, Seen] = {}
         self._peaks: dict[tuple[str, Key], Tensor] = {}
@@ -95,6 +97,7 @@ class Shares:
                     return module.forward(*args[:arg], changed, *args[arg + 1 :], **kwargs)
                 return module.forward(*args, **{**kwargs, name: changed})
 
+            value = value[:: self.every] if key[2] % value.dim() else value
             with torch.autocast(value.device.type, enabled=False):
                 self._look(module, key, ratios.magnitude(value), again)
 
