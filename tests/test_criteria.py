@@ -16,6 +16,7 @@ from handmade import small_graph
 from secateur.criteria import (
     REGISTRY,
     BNScale,
+    Contribution,
     Costed,
     Criterion,
     Evidence,
@@ -25,6 +26,7 @@ from secateur.criteria import (
     Random,
     Slice,
     Taylor,
+    Worst,
     collect,
     smooth,
 )
@@ -78,9 +80,7 @@ def test_l1_takes_absolute_values() -> None:
 def test_magnitude_over_several_slices_is_the_norm_of_all_their_weights(p: float) -> None:
     torch.manual_seed(0)
     parts = [torch.randn(4, 3), torch.randn(4, 5), torch.randn(4, 2)]
-    slices = tuple(
-        Slice(f"t{i}", role, w) for i, (w, role) in enumerate(zip(parts, ("out", "out", "in"), strict=True))
-    )
+    slices = tuple(Slice(f"t{i}", role, w) for i, (w, role) in enumerate(zip(parts, ("out", "out", "in"), strict=True)))
     evidence = Evidence("g", torch.arange(4), slices[:2], slices[2:])
     produced, everything = torch.cat(parts[:2], 1), torch.cat(parts, 1)
     assert Magnitude(p)(evidence).allclose(torch.linalg.vector_norm(produced, p, dim=1))
@@ -155,7 +155,8 @@ def test_smooth_is_the_running_mean() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: Magnitude(3), lambda: Taylor("signed"), lambda: Costed(Fisher(), macs=-1)]
+    "make",
+    [lambda: Magnitude(3), lambda: Taylor("signed"), lambda: Costed(Fisher(), macs=-1), lambda: Contribution(1, -1)],
 )
 def test_wrong_options_say_what_is_right(make) -> None:
     with pytest.raises(PlanError, match="got"):
@@ -170,6 +171,7 @@ CONTRACT = [
     Magnitude(1),
     Magnitude(math.inf, inputs=True),
 ]
+CONTRACT += [Contribution(1, 0), Contribution(0, 1), Worst(Taylor())]
 CONTRACT += [Normalised(Taylor()), Costed(Normalised(Fisher()), macs=0.1, params=0.2)]
 
 
@@ -186,6 +188,8 @@ def evidence_of(seed: int, units: int, samples: int, scale: float) -> Evidence:
         unit_grads_abs=draw(samples, units).abs(),
         activations=draw(samples, units).abs(),
         positions=torch.randint(1, 9, (samples,)).float(),
+        contributions=torch.rand(units),
+        contribution_max=torch.rand(units),
         macs=torch.rand(units),
         params=torch.rand(units),
     )
@@ -193,7 +197,7 @@ def evidence_of(seed: int, units: int, samples: int, scale: float) -> Evidence:
 
 def permuted(evidence: Evidence, order: Tensor) -> Evidence:
     changed = {f.name: getattr(evidence, f.name) for f in fields(Evidence)}
-    for name in ("ids", "macs", "params"):
+    for name in ("ids", "macs", "params", "contributions", "contribution_max"):
         changed[name] = changed[name][order]
     for name in ("unit_grads", "unit_grads_abs", "activations"):
         changed[name] = changed[name][:, order]

@@ -40,6 +40,7 @@ PARTS = {  # files that carry a part of one of the names above, or stand apart f
     "problems": "pipeline",
     "conflicts": "pipeline",
     "masking": "pipeline",
+    "during": "pipeline",
     "recovery": "pipeline",
     "yaml_source": "pipeline",
     "resolve": "pipeline",
@@ -58,6 +59,7 @@ PARTS = {  # files that carry a part of one of the names above, or stand apart f
     "attend": "pipeline",
     "cluster": "pipeline",
     "lifeline": "pipeline",
+    "choice": "cli",
     "starter": "cli",
     "terminal": "cli",
 }

@@ -47,8 +47,8 @@ def test_all_problems_are_listed_in_the_order_of_the_file() -> None:
         "r.yaml:5:3: train.lr = -1: must be greater than 0.",
         "r.yaml:6:3: train.optimizer = 'adm': must be 'adam', 'adamw', 'rmsprop' or 'sgd'; did you mean 'adam'?",
         "r.yaml:8:3: prune.round_to = 1.5: must be 'auto' or must be a valid integer.",
-        "r.yaml:9:15: prune.criterion.name = 'tailor': must be one of bn_scale, fisher, magnitude, random, "
-        "taylor; did you mean 'taylor'?",
+        "r.yaml:9:15: prune.criterion.name = 'tailor': must be one of bn_scale, contribution, fisher, "
+        "magnitude, random, taylor; did you mean 'taylor'?",
         "r.yaml:10:8: data.name = 'digit': must be one of celeba, cifar10, cifar100, digits, fashion_mnist, "
         "imagefolder, mnist, hf:NAME_OR_FOLDER, celeba:ATTRIBUTE; did you mean 'digits'?",
         "r.yaml:11:1: prunes = 3: unknown key; did you mean 'prune'?",
@@ -183,11 +183,13 @@ def test_every_shipped_recipe_runs_for_two_steps(path: Path, tmp_path: Path) -> 
         "recover={name: finetune, epochs: 1}", "measure={batch_sizes: [1], repeats: 1}",
         "prune.schedule={name: iterative, steps: 2}", "prune.criterion.samples=32",
     ]  # fmt: skip
+    ordinary = ["prune.budget={units: 0.5}"] if recipe.prune.schedule.training else []
     if recipe.data.root is not None:
-        size, mode = (32, "RGB") if recipe.data.name == "cifar10" else (28, "L")
+        size, mode = (32, "RGB") if recipe.data.name.startswith("cifar") else (28, "L")
         write_packed(tmp_path / recipe.data.name, size=size, mode=mode)
         overrides.append(f"data.root={json.dumps(str(tmp_path))}")
-    folder = pipeline.run(load(path, overrides))
+    recipe = load(path, [*overrides, *ordinary])
+    folder = pipeline.run(recipe)
     cuts = [record.data for record in read(folder / "records.jsonl") if record.stage == "cut"]
     kind, asked = recipe.budget.kind, recipe.budget.keep
     assert len(cuts) == 2

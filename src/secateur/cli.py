@@ -116,7 +116,13 @@ def _options(
 @app.command()
 @guarded
 def run(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, e.g. recipes/quickstart.yaml.")],
+    recipe: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RECIPE",
+            help="A recipe, e.g. recipes/quickstart.yaml, or what several begin with: recipes/s1 asks for the dataset.",
+        ),
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Values put on top of the recipe, e.g. train.lr=0.01."),
@@ -135,12 +141,14 @@ def run(
     ] = None,
 ) -> None:
     """Train, prune, recover, measure and report, as a recipe says."""
+    from secateur.choice import chosen as one_of
     from secateur.folder import RECORDS, REPORT, choose
     from secateur.pipeline import run as carry_out
     from secateur.recipe import load
     from secateur.terminal import screen, summary
     from secateur.track.local import read
 
+    recipe = one_of(recipe, overrides or (), typer.prompt if sys.stdin.isatty() else None)
     chosen = load(recipe, [*(overrides or ()), *([f"out={json.dumps(str(out))}"] if out else ())])
     folder = choose(chosen, resume)
     try:
@@ -307,6 +315,7 @@ def sweep(
     ] = None,
 ) -> None:
     """Run a recipe at every point of a grid, then compare; the same command again continues."""
+    from secateur.choice import chosen as one_of
     from secateur.compare import PAGE
     from secateur.recipe import load
     from secateur.report.compared import table
@@ -314,6 +323,7 @@ def sweep(
     from secateur.sweep import sweep as carry_out
     from secateur.terminal import screen
 
+    recipe = one_of(recipe, overrides or (), typer.prompt if sys.stdin.isatty() else None)
     folder = out or Path("runs") / f"{load(recipe, overrides or ()).name}-sweep"
     put = OnRay(ray, cpus, gpus) if ray else None
     try:

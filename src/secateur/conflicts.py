@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from secateur import during
 from secateur.yaml_source import Path
 
 if TYPE_CHECKING:
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
 def conflicts(recipe: Recipe) -> dict[Path, str]:
     """Return path -> rule for each value of ``recipe`` that another value rules out."""
-    return _warmups(recipe) | _recoveries(recipe) | _schedules(recipe) | _secrets(recipe)
+    return _warmups(recipe) | _recoveries(recipe) | _schedules(recipe) | _secrets(recipe) | during.conflicts(recipe)
 
 
 def _warmups(recipe: Recipe) -> dict[Path, str]:

@@ -19,7 +19,7 @@ from torch import nn
 from secateur import resolve
 from secateur.checkpoint import load
 from secateur.criteria import Magnitude
-from secateur.criteria.evidence import PER_SAMPLE
+from secateur.criteria.evidence import DATA
 from secateur.data import Dataset
 from secateur.folder import DENSE, HELD, RECORDS, REWIND, STATE, choose, complete, write_recipe
 from secateur.measure.accuracy import logits
@@ -122,7 +122,7 @@ def _check_early(recipe: Recipe, dense: Graph, data: Dataset) -> None:
         )
     wanted = resolve.criterion(recipe)
     graph = scored(recipe, dense)
-    scores = score(graph, Magnitude() if wanted.evidence & PER_SAMPLE else wanted)
+    scores = score(graph, Magnitude() if wanted.evidence & DATA else wanted)
     allocate(recipe, graph, scores, recipe.budget)
 
 

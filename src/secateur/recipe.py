@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from secateur.conflicts import conflicts
+from secateur.during import spell_out
 from secateur.problems import at, listing, nearest, schema_problems, shown
 from secateur.sections import Count, Data, Measure, Model, Prune, Recover, Score, Section, Track, Train
 from secateur.types import Budget, RecipeError, SecateurError
@@ -82,6 +83,7 @@ def loads(text: str, where: str = "recipe", overrides: Sequence[str] = ()) -> Re
     places = {path: f"{where}:{mark.line}:{mark.column}" for path, mark in marks.items()}
     for override in overrides:
         _override(values, places, override)
+    spell_out(values)
     problems = _registry_problems(values)
     recipe: Recipe | None = None
     try:

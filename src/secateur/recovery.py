@@ -175,8 +175,10 @@ def carried(run: Run, graph: Graph, cut: nn.Module, small: nn.Module, step: int,
     make = settings(run, step).optimizer
     before = make(p for p in graph.model.parameters() if p.requires_grad)
     before.load_state_dict(point.optimizer)
-    after = compact_optimizer(before, graph, cut)
-    names = {id(p): name for name, p in cut.named_parameters(remove_duplicate=False)}
+    shapes = [{name: p.shape for name, p in net.named_parameters()} for net in (graph.model, cut)]
+    same = shapes[0] == shapes[1]  # nothing was cut
+    after = before if same else compact_optimizer(before, graph, cut)
+    names = {id(p): name for name, p in (graph.model if same else cut).named_parameters(remove_duplicate=False)}
     memory = {names[id(p)]: state for p, state in after.state.items() if isinstance(p, torch.Tensor)}
     trained = [name for name, p in small.named_parameters() if p.requires_grad]
     groups = make(p for p in small.parameters() if p.requires_grad).state_dict()["param_groups"]

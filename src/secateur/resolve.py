@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from secateur.checkpoint import load
-from secateur.criteria import REGISTRY, Costed, Criterion
+from secateur.criteria import REGISTRY, Costed, Criterion, Worst
 from secateur.data import Dataset, open_source, split
 from secateur.data.augment import AUGMENTATIONS
 from secateur.header import KEY
@@ -119,18 +119,19 @@ def _filled(network: nn.Module, path: Path) -> nn.Module:
 
 
 def criterion(recipe: Recipe) -> Criterion:
-    """Return the criterion of a recipe, with its cost terms; one that draws takes the recipe's seed."""
+    """Return the criterion of a recipe, with its cost terms, or its reverse; one that draws takes the recipe's seed."""
     wanted = recipe.prune.criterion
     draws = {"seed": recipe.seed} if wanted.name == "random" else {}
     chosen = REGISTRY[wanted.name](**{**draws, **wanted.args})
     cost = wanted.cost
-    return Costed(chosen, macs=cost.macs, params=cost.params) if cost.macs or cost.params else chosen
+    priced = Costed(chosen, macs=cost.macs, params=cost.params) if cost.macs or cost.params else chosen
+    return Worst(priced) if wanted.worst else priced
 
 
 def targets(recipe: Recipe, total: int) -> tuple[float, ...]:
     """Return the fraction of the dense model, with its ``total`` prunable units, that stays after each cut."""
     when = recipe.prune.schedule
-    return SCHEDULES[when.name](recipe.budget.keep, when.steps, total, when.units)
+    return SCHEDULES[when.name](recipe.budget.keep, when.cuts, total, when.units)
 
 
 def _recovery_epochs(recipe: Recipe, last: bool, left: float) -> int:

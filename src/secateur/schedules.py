@@ -50,4 +50,15 @@ def cubic(keep: float, steps: int, total: int = 0, units: int = 1) -> tuple[floa
     return (*(keep + (1 - keep) * (1 - k / steps) ** 3 for k in range(1, steps)), keep)
 
 
-SCHEDULES: dict[str, Schedule] = {f.__name__: f for f in (cubic, every, iterative, once)}
+def during(keep: float, steps: int, total: int = 0, units: int = 1) -> tuple[float, ...]:
+    """Return ``steps`` cuts (none is possible) that take the same fraction of what is there: keep ** (k / steps).
+
+    Source: train-time pruning by neural importance (reference system S1), which keeps 0.9 of each layer at an event.
+
+    >>> during(0.25, 2), during(1.0, 0)
+    ((0.5, 0.25), ())
+    """
+    return tuple(keep if k == steps else keep ** (k / steps) for k in range(1, steps + 1))
+
+
+SCHEDULES: dict[str, Schedule] = {f.__name__: f for f in (cubic, during, every, iterative, once)}

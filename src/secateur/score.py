@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur.criteria.evidence import COSTS, PER_SAMPLE, SLICES, Criterion, Evidence, Slice, unit_slices
+from secateur.criteria.evidence import COSTS, DATA, SLICES, Criterion, Evidence, Slice, unit_slices
 from secateur.criteria.gather import REDUCTIONS, Loss, Pass, Rows, gather
 from secateur.granularity import MASKED, unit_shares
 from secateur.measure.counts import Counter
@@ -32,7 +32,7 @@ def score(
     over its samples) or one loss per sample (n,).  Default: cross-entropy of ``model(inputs)`` against
     ``targets``.  ``samples`` stops the pass after that many samples.  The pass runs in eval mode and
     leaves parameters, buffers, ``.grad``, modes and random state as they were; float32 (samples, units)
-    is held per name of evidence.
+    is held per name of evidence, of contributions only sums and maxima (units,).
 
     Unit evidence is read at ``group.sites``.  For consumers without a site (raw weights used in functions)
     the identity sum of w * dL/dw over their weights = sum of a * dL/da is added; it is exact for the batch
@@ -43,19 +43,19 @@ def score(
     groups = [group for group in graph.groups if group.prunable]
     names = criterion.evidence
     rows: dict[str, Rows] = {}
-    if names & PER_SAMPLE:
+    if names & DATA:
         if batches is None:
             raise PlanError(f"{criterion!r} needs data; pass sc.score(graph, criterion, batches).")
         if reduction not in REDUCTIONS:
             raise PlanError(f"score(reduction=...) is one of {', '.join(REDUCTIONS)}; got {reduction!r}.")
         how = Pass(loss or cross_entropy, reduction, samples)
-        rows = gather(graph, names & PER_SAMPLE, batches, how)
+        rows = gather(graph, names & DATA, batches, how)
     costs = _unit_costs(graph, names & COSTS)
     tensors = dict(graph.model.named_parameters())
     values = {}
     for number, group in enumerate(graph.groups):
         parts = rows.get(group.name, {})
-        if not group.prunable or (names & PER_SAMPLE and not parts):
+        if not group.prunable or (names & DATA and not parts):
             continue  # frozen, or never seen in the pass
         found: dict[str, Any] = dict(_slices(group, names, tensors))
         found |= parts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -108,7 +108,7 @@ class Score(Section):
     """The criterion: how good a unit is."""
 
     name: str = "taylor"
-    """taylor, fisher, magnitude, bn_scale, random"""
+    """taylor, fisher, contribution, magnitude, bn_scale, random"""
     args: dict[str, JsonValue] = {}
     """arguments of the criterion, e.g. {form: elementwise} of taylor, {p: 1} of magnitude"""
     samples: Count = 1024
@@ -116,6 +116,8 @@ class Score(Section):
     batch_size: Count = 256
     cost: Costs = Costs()
     """score - macs * share of MACs - params * share of parameters"""
+    worst: bool = False
+    """turn the scores round, so that the most important units go first: a control"""
 
 
 class Keep(Section):
@@ -143,17 +145,47 @@ class Keep(Section):
 class When(Section):
     """The schedule: how many cuts lead to the budget."""
 
-    name: Literal["cubic", "every", "iterative", "once"] = "iterative"
-    """once: one cut; iterative: cuts of equal size; cubic: large cuts first; every: some units at a time"""
+    name: Literal["cubic", "during", "every", "iterative", "once"] = "iterative"
+    """once; iterative: equal cuts; cubic: large ones first; every: some units at a time; during: while training"""
     steps: Annotated[int, Field(ge=1, le=1000)] = 1
     """number of cuts (of iterative and cubic)"""
     units: Count = 1
     """units that go in one cut of every; recover.epochs or recover.steps is the training in between"""
+    total_epochs: Count = 100
+    """epochs of training in all (of during)"""
+    initial_iterations: Annotated[
+        int, Field(ge=0, validation_alias=AliasChoices("initial_iterations", "inital_iterations"))
+    ] = 30
+    """epochs before the first cut (of during; all of total_epochs: no cut)"""
+    increment: Count = 10
+    """epochs from one cut to the next (of during)"""
+    keep: Fraction | None = None
+    """fraction of each group's present units that stays in one cut of during (null: what leads to the budget)"""
+
+    @property
+    def training(self) -> bool:
+        """Whether the cuts are events of one training."""
+        return self.name == "during"
+
+    @property
+    def events(self) -> int:
+        """Cuts of during: those at epochs I, I + D, I + 2 D, ... before T."""
+        return max(0, -(-(self.total_epochs - self.initial_iterations) // self.increment))
+
+    @property
+    def last(self) -> int:
+        """Epochs that follow the last cut of during."""
+        return self.total_epochs - self.initial_iterations - (self.events - 1) * self.increment
+
+    @property
+    def cuts(self) -> int:
+        """Number of cuts, where the schedule says it."""
+        return self.events if self.training else self.steps
 
     @property
     def several(self) -> bool:
         """Whether there can be more than one cut."""
-        return self.name == "every" or (self.name != "once" and self.steps > 1)
+        return self.name == "every" or (self.name != "once" and self.cuts > 1)
 
 
 class Prune(Section):

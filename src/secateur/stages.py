@@ -9,7 +9,7 @@ from glob import escape
 
 from torch import nn
 
-from secateur import recovery, resolve, sharing
+from secateur import during, recovery, resolve, sharing
 from secateur.allocate import _matching as matching
 from secateur.allocate import allocate as choose
 from secateur.checkpoint import save
@@ -21,7 +21,7 @@ from secateur.masking import fallen, proved
 from secateur.progressive import compose, relative
 from secateur.recipe import Recipe
 from secateur.score import score
-from secateur.session import Run, figures, scored, traced
+from secateur.session import Run, figures, prunable, scored, traced
 from secateur.ship import passport
 from secateur.train.loop import Epoch, Point, Watch, fit
 from secateur.train.resume import atomic_write
@@ -98,7 +98,8 @@ def cut(run: Run, model: nn.Module, step: int, point: Point) -> Out:
     before = run.quality(model)
     wanted = recipe.prune.criterion
     batches = (run.data.batch(part) for part in run.data.train[: wanted.samples].split(wanted.batch_size))
-    scores = score(scored(recipe, graph), resolve.criterion(recipe), batches)
+    chosen, shown = resolve.criterion(recipe), scored(recipe, graph)
+    scores = score(shown, chosen, batches) if prunable(shown) else Scores(shown, repr(chosen), {})
     budget = Budget(**{recipe.budget.kind: target})
     small, proof, end = (_zeroed if run.masking else _smaller)(run, scores, graph, budget, step, point)
     after = run.quality(small)
@@ -168,13 +169,19 @@ def allocate(recipe: Recipe, dense: Graph, scores: Scores, budget: Budget) -> Pl
     """Call ``allocate`` with the options of the recipe.
 
     Name patterns are matched on the dense graph.  Fractions in ``keep`` are of the dense model and reached by
-    the first cut; later cuts leave these groups as they are.
+    the first cut; later cuts leave these groups as they are.  Where the schedule has a keep of its own, every group
+    keeps that fraction of its present units, rounded down, and the budget is only what they come to.
     """
     prune, graph = recipe.prune, scores.graph
     present = {group.name for group in graph.groups}
     first = graph is dense
     fixed = [escape(name) for name in matching(dense, tuple(prune.keep)) if name in present]
-    frozen = [escape(name) for name in matching(dense, prune.freeze) if name in present]
+    whole = [name for name in matching(dense, prune.freeze) if name in present]
+    frozen = [escape(name) for name in whole]
+    keep = prune.keep if first else dict.fromkeys(fixed, 1.0)
+    if prune.schedule.keep is not None:
+        budget, shares = during.event(graph.groups, prune.schedule.keep, whole)
+        keep = {escape(name): share for name, share in shares.items()}
     return choose(
         scores,
         budget,
@@ -182,7 +189,7 @@ def allocate(recipe: Recipe, dense: Graph, scores: Scores, budget: Budget) -> Pl
         round_to=prune.round_to,
         min_units=prune.min_units,
         exact_only=prune.exact_only,
-        keep=prune.keep if first else dict.fromkeys(fixed, 1.0),
+        keep=keep,
         freeze=prune.freeze if first else frozen,
     )
 

@@ -9,15 +9,17 @@ from collections.abc import Iterable
 from typing import Any
 
 from secateur.criteria.bn_scale import BNScale
+from secateur.criteria.contribution import Contribution
 from secateur.criteria.evidence import KNOWN, Criterion, Evidence, Slice
 from secateur.criteria.fisher import Fisher
 from secateur.criteria.magnitude import Magnitude
 from secateur.criteria.random import Random
 from secateur.criteria.taylor import Taylor
-from secateur.criteria.wrappers import Costed, Normalised, Wrapper, smooth
+from secateur.criteria.wrappers import Costed, Normalised, Worst, Wrapper, smooth
 
 __all__ = [
     "BNScale",
+    "Contribution",
     "Costed",
     "Criterion",
     "Evidence",
@@ -27,6 +29,7 @@ __all__ = [
     "Random",
     "Slice",
     "Taylor",
+    "Worst",
     "Wrapper",
     "collect",
     "smooth",

@@ -36,8 +36,10 @@ class Evidence:
     produce the units or ride with them, ``consumers`` of those that contract them.
     ``unit_grads`` (N, U) is s_n = sum over the M positions of a * dL_n/da, with L_n the loss of sample n
     alone; ``unit_grads_abs`` (N, U) is the same sum of absolute values; ``activations`` (N, U) is the
-    mean of |a|; ``positions`` (N,) is M, which comes with any of the three. ``macs`` and ``params`` (U,)
-    are the fractions of the whole model that removing this one unit saves.
+    mean of |a|; ``positions`` (N,) is M, which comes with any of the three. ``contributions`` (U,) is the
+    mean and ``contribution_max`` (U,) the maximum, over all samples and the outputs of the consumers, of the
+    share that the unit has in such an output (see ``shares``).  ``macs`` and ``params`` (U,) are the
+    fractions of the whole model that removing this one unit saves.
     """
 
     group: str
@@ -48,6 +50,8 @@ class Evidence:
     unit_grads_abs: Tensor | None = None
     activations: Tensor | None = None
     positions: Tensor | None = None
+    contributions: Tensor | None = None
+    contribution_max: Tensor | None = None
     macs: Tensor | None = None
     params: Tensor | None = None
 
@@ -61,6 +65,8 @@ class Evidence:
 
 KNOWN = frozenset(field.name for field in fields(Evidence)) - {"group", "ids", "positions"}
 PER_SAMPLE = frozenset({"unit_grads", "unit_grads_abs", "activations"})
+STREAMED = frozenset({"contributions", "contribution_max"})  # one value per unit, whatever the number of samples
+DATA = PER_SAMPLE | STREAMED  # what needs batches
 BACKWARD = frozenset({"unit_grads", "unit_grads_abs"})
 SLICES = {"weights": ("out", "along"), "consumers": ("in",)}
 COSTS = frozenset({"macs", "params"})

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from secateur.criteria.evidence import BACKWARD, unit_slices
+from secateur.criteria.evidence import BACKWARD, STREAMED, unit_slices
 from secateur.criteria.probes import Probes
+from secateur.criteria.shares import Shares
 from secateur.types import Graph, Group, Member, PlanError
 
 Loss = Callable[[nn.Module, Any], Tensor]
-Rows = dict[str, Tensor]  # evidence name -> (samples, units); "positions" -> (samples,)
+Rows = dict[str, Tensor]  # evidence name -> (samples, units); "positions" -> (samples,), of STREAMED -> (units,)
 
 # how a scalar loss joins its n samples -> the factor that turns its gradient into those of the samples
 REDUCTIONS: dict[str, Callable[[int], int]] = {"mean": lambda n: n, "sum": lambda n: 1}
@@ -52,7 +53,12 @@ def gather(graph: Graph, names: frozenset[str], batches: Iterable[Any], how: Pas
     shown: dict[str, set[str]] = {group.name: set() for group in groups}
     samples = 0
     tensors = {member.tensor for found in members.values() for member in found}
-    with _undisturbed(graph.model, tensors) as leaves, Probes(graph.model, groups, names, device) as probes:
+    rowed = names - STREAMED
+    with (
+        _undisturbed(graph.model, tensors) as leaves,
+        Probes(graph.model, groups, rowed, device) as probes,
+        Shares(graph, groups, names) as shares,
+    ):
         for number, batch in enumerate(batches):
             done = _run(graph.model, probes, leaves, _moved(batch, device), (how, number))
             for group in groups:
@@ -64,8 +70,10 @@ def gather(graph: Graph, names: frozenset[str], batches: Iterable[Any], how: Pas
                 break
     if not samples:
         raise PlanError("batches is empty; scores need at least one sample.")
-    whole = [name for name, seen in shown.items() if seen == names]
-    return {name: {k: torch.cat([part[k] for part in parts[name]]) for k in parts[name][0]} for name in whole}
+    streamed = {group.name: shares.read(group) for group in groups}
+    whole = [name for name, seen in shown.items() if seen | streamed[name].keys() == names]
+    joined = {name: {k: torch.cat([part[k] for part in parts[name]]) for k in parts[name][0]} for name in whole}
+    return {name: rows | streamed[name] for name, rows in joined.items()}
 
 
 def unwatched(graph: Graph, group: Group) -> list[Member]:

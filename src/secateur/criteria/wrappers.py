@@ -80,6 +80,20 @@ class Costed(Wrapper):
         return narrow(score)
 
 
+@dataclass(frozen=True)
+class Worst(Wrapper):
+    """The negated inner score: the most important units go first.  An adversarial control, never a way to prune.
+
+    >>> from secateur.criteria import Magnitude
+    >>> Worst(Magnitude()).evidence
+    frozenset({'weights'})
+    """
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """Return the negated scores (U,)."""
+        return -self.inner(evidence)
+
+
 def smooth(scores: Scores, previous: Scores | None, decay: float = 0.9) -> Scores:
     """Return the running mean decay * previous + (1 - decay) * scores, per unit.
 
