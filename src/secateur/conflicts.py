@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def conflicts(recipe: Recipe) -> dict[Path, str]:
     """Return path -> rule for each value of ``recipe`` that another value rules out."""
-    return _warmups(recipe) | _recoveries(recipe) | _schedules(recipe)
+    return _warmups(recipe) | _recoveries(recipe) | _schedules(recipe) | _evidence(recipe)
 
 
 def _warmups(recipe: Recipe) -> dict[Path, str]:
@@ -56,3 +56,17 @@ def _schedules(recipe: Recipe) -> dict[Path, str]:
     if recover.steps is not None and recover.warmup > 0:
         found["recover", "warmup"] = "counts epochs; leave it out where recover.steps counts steps"
     return found
+
+
+def _evidence(recipe: Recipe) -> dict[Path, str]:
+    """Evidence from training needs training before every cut."""
+    if recipe.prune.criterion.evidence == "pass":
+        return {}
+    recover, several = recipe.recover, recipe.prune.schedule.several
+    idle = recover.name == "none" or (recover.steps is None and recover.epochs == 0)
+    why = "is gathered in the training before each cut: "
+    if recipe.train.epochs == 0:
+        return {("prune", "criterion", "evidence"): why + "set train.epochs, or take pass"}
+    if several and idle:
+        return {("prune", "criterion", "evidence"): why + "there is none between the cuts; take pass"}
+    return {}

@@ -111,8 +111,10 @@ class Score(Section):
     """taylor, fisher, magnitude, bn_scale, random"""
     args: dict[str, JsonValue] = {}
     """arguments of the criterion, e.g. {form: elementwise} of taylor, {p: 1} of magnitude"""
+    evidence: Literal["pass", "training"] = "pass"
+    """where the gradients come from: a pass of its own before each cut, or the last epoch of training before it"""
     samples: Count = 1024
-    """training images that are shown to the criterion"""
+    """training images that are shown to the criterion in a pass"""
     batch_size: Count = 256
     cost: Costs = Costs()
     """score - macs * share of MACs - params * share of parameters"""
