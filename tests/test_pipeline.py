@@ -156,6 +156,7 @@ def options(name: str) -> list[str]:
         "recalibrated": ["model={name: small_cnn}", "recover.recalibrate=3", "recover.epochs=1"],
         "every": ["prune.schedule={name: every, units: 3}", "prune.round_to=null", "recover.steps=9"],
         "bfloat16": ["train.precision=bfloat16", "train.channels_last=false"],
+        "evidence": ["prune.criterion={name: fisher, evidence: training}", "recover.steps=9"],
     }[name]
 
 
@@ -167,6 +168,7 @@ def options(name: str) -> list[str]:
         "bfloat16",
         "carried",
         "distil",
+        "evidence",
         "every",
         "recalibrated",
         "rewind",

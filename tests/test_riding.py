@@ -147,6 +147,16 @@ def test_compiled_steps_give_the_evidence_in_one_graph(backend: str, monkeypatch
         assert torch.allclose(one.values[group], values, rtol=1e-4, atol=1e-5 * float(values.max())), group
 
 
+def test_layers_before_the_first_weight_that_learns_are_seen() -> None:
+    graph = trace(network("s3"), digits().batch(torch.arange(2))[0])
+    two = passed(graph, Fisher())
+    for parameter in list(graph.model.parameters())[:4]:
+        parameter.requires_grad_(False)
+    one = ridden(graph, Fisher())
+    for group, values in two.values.items():
+        assert torch.allclose(one.values[group], values, rtol=1e-5), group
+
+
 def test_activations_are_seen_too() -> None:
 
     @dataclass(frozen=True)

@@ -3,14 +3,15 @@
 Each watched input of a consumer goes through an identity with a second argument, the slot: a leaf of shape (samples,
 units).  The backward of the identity sees the input a and its gradient g and answers the slot with the sums of a * g
 over the positions, so that after ``loss.backward()`` the gradient of the slot *is* the evidence.  Nothing is written
-on the side, which is why ``torch.compile`` takes the steps in one graph and fuses the sums into it.
+on the side, which is why ``torch.compile`` takes the steps in one graph and fuses the sums into it.  Without
+``torch.compile`` a hook on a view of the input does the same with less Python.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,6 +108,13 @@ class Riding:
             grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
             self._products[name].append(weight.detach().float() * grad.float())
 
+    def _answer(self, slots: list[Slot], axis: int, value: Tensor, grad: Tensor) -> None:
+        """Give the slots what one backward pass shows at one consumer: what ``_Slot`` does, with fewer calls."""
+        for slot in slots:
+            tensor = self.slots[slot]
+            sums = _summed(slot[0], axis, value, grad, tensor.shape)
+            tensor.grad = sums if tensor.grad is None else tensor.grad + sums
+
     def settle(self) -> None:
         """Add what was taken to ``sums``."""
         if not self._counts:
@@ -150,9 +158,13 @@ class Riding:
         slots = [(name, key) for name in self.names]
 
         def watched(value: Tensor) -> Tensor:
-            for slot in slots:
-                value = _Slot.apply(value, self.slots[slot], slot[0], axis, copy)
-            return value
+            if torch.compiler.is_compiling() or not value.requires_grad:  # the former takes no hooks on values
+                for slot in slots:
+                    value = _Slot.apply(value, self.slots[slot], slot[0], axis, copy)
+                return value
+            own = value.clone() if copy else value.view_as(value)
+            own.register_hook(lambda grad: self._answer(slots, axis, value.detach(), grad))
+            return own
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if not self.slots or not torch.is_grad_enabled():
@@ -179,16 +191,20 @@ class _Slot(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,) = grads
         (value,) = ctx.saved_tensors
-        name, axis, samples, units = ctx.how
-        a, g = (t.float() if t.dtype == torch.float16 else t for t in (value, grad))
-        values = REDUCE[name](a, a * g)
-        if values.dim() == 4 and axis == 1 and values.shape[:2] == (samples, units):  # as below, with fewer calls
-            return grad, values.sum((2, 3)).float(), None, None, None
-        values = by_sample(values, axis, samples)
-        sums = values.reshape(len(values), units, -1).sum(2).float()
-        if len(sums) != samples:  # the samples could not be told apart: each gets the mean
-            sums = (sums / samples).expand(samples, -1)
-        return grad, sums, None, None, None
+        name, axis, *shape = ctx.how
+        return grad, _summed(name, axis, value, grad, shape), None, None, None
+
+
+def _summed(name: str, axis: int, value: Tensor, grad: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return evidence ``name`` summed over the positions, float32 of ``shape`` (samples, units)."""
+    samples, units = shape
+    a, g = (value.float(), grad.float()) if value.dtype == torch.float16 else (value, grad)
+    values = REDUCE[name](a, a * g)
+    if values.dim() == 4 and axis == 1 and values.shape[:2] == (samples, units):  # as below, with fewer calls
+        return values.sum((2, 3)).float()
+    values = by_sample(values, axis, samples)
+    sums = values.reshape(len(values), units, -1).sum(2).float()
+    return sums if len(sums) == samples else (sums / samples).expand(samples, -1)  # not told apart: each has the mean
 
 
 @contextmanager
