@@ -51,6 +51,8 @@ def _schedules(recipe: Recipe) -> dict[Path, str]:
             found["prune", "budget"] = "the schedule every counts units: give budget.units"
         if prune.round_to is not None:
             found["prune", "round_to"] = "the schedule every takes units one by one: set round_to to null"
+    if prune.normalise != "auto" and prune.allocation == "uniform":
+        found["prune", "normalise"] = "does nothing with allocation uniform, which compares no groups; leave it out"
     if recover.steps is not None and recover.name in ("none", "rewind"):
         found["recover", "steps"] = f"does nothing with {recover.name}; leave it out"
     if recover.steps is not None and recover.warmup > 0:

@@ -167,7 +167,7 @@ def allocate(recipe: Recipe, dense: Graph, scores: Scores, budget: Budget) -> Pl
     return choose(
         scores,
         budget,
-        prune.allocation,
+        resolve.allocation(recipe),
         round_to=prune.round_to,
         min_units=prune.min_units,
         exact_only=prune.exact_only,

@@ -133,7 +133,7 @@ class Riding:
     def _evidence(self, group: Group, rows: Mapping[Slot, Tensor], scale: Tensor) -> Evidence:
         """Return what all samples since the last ``settle`` showed of ``group``."""
         count = max([1, *(self.sizes[key_of(s)][1] * s.index.shape[1] for s in group.sites if key_of(s) in self.sizes)])
-        found: dict[str, Tensor] = {"positions": torch.full((len(scale),), float(count), device=scale.device)}
+        found: dict[str, Any] = {"positions": torch.full((len(scale),), float(count), device=scale.device)}
         for name in self.names:
             total = torch.zeros(len(scale), group.units, device=scale.device)
             for site in group.sites:
