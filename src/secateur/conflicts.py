@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 def conflicts(recipe: Recipe) -> dict[Path, str]:
     """Return path -> rule for each value of ``recipe`` that another value rules out."""
-    return _warmups(recipe) | _recoveries(recipe) | _schedules(recipe) | _secrets(recipe) | during.conflicts(recipe)
+    checks = (_warmups, _recoveries, _schedules, _secrets, _evidence, during.conflicts)
+    return {path: rule for check in checks for path, rule in check(recipe).items()}
 
 
 def _warmups(recipe: Recipe) -> dict[Path, str]:
@@ -54,6 +55,8 @@ def _schedules(recipe: Recipe) -> dict[Path, str]:
             found["prune", "round_to"] = "the schedule every takes units one by one: set round_to to null"
     if prune.granularity in ("kernel", "weight") and prune.budget.macs is not None:
         found["prune", "budget"] = f"masks of {prune.granularity}s save no time: give budget.params or budget.units"
+    if prune.normalise != "auto" and prune.allocation == "uniform":
+        found["prune", "normalise"] = "does nothing with allocation uniform, which compares no groups; leave it out"
     if recover.steps is not None and recover.name in ("none", "rewind"):
         found["recover", "steps"] = f"does nothing with {recover.name}; leave it out"
     if recover.steps is not None and recover.warmup > 0:
@@ -66,3 +69,15 @@ def _secrets(recipe: Recipe) -> dict[Path, str]:
         return {}
     why = "a recipe is copied into every record and report, so it must not hold a name or password"
     return {("track", "mlflow"): f"{why}; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"}
+def _evidence(recipe: Recipe) -> dict[Path, str]:
+    """Evidence from training needs training before every cut."""
+    if recipe.prune.criterion.evidence == "pass":
+        return {}
+    recover, several = recipe.recover, recipe.prune.schedule.several
+    idle = recover.name == "none" or (recover.steps is None and recover.epochs == 0)
+    why = "is gathered in the training before each cut: "
+    if recipe.train.epochs == 0:
+        return {("prune", "criterion", "evidence"): why + "set train.epochs, or take pass"}
+    if several and idle:
+        return {("prune", "criterion", "evidence"): why + "there is none between the cuts; take pass"}
+    return {}

@@ -14,6 +14,8 @@ from secateur.allocate import _matching as matching
 from secateur.allocate import allocate as choose
 from secateur.checkpoint import save
 from secateur.compact import compact
+from secateur.criteria.evidence import PER_SAMPLE
+from secateur.criteria.riding import Riding, Sums
 from secateur.folder import DENSE
 from secateur.graph.verify import check_compact, verify
 from secateur.mask import masked
@@ -86,8 +88,17 @@ def _fit(run: Run, model: nn.Module, step: int, point: Point) -> Point:
         recovery.masked(run, model, settings) as holding,
         recovery.guided(run, model, holding) if step else nullcontext(holding) as chosen,
     ):
-        end = fit(model, run.data, chosen, begin=point, watch=watch)
-    return Point(optimizer=end.optimizer) if run.recipe.recover.carry_optimizer else Point()
+        watched = replace(chosen, riding=_riding(run, model, step))
+        end = fit(model, run.data, watched, begin=point, watch=watch)
+    return Point(optimizer=end.optimizer if run.recipe.recover.carry_optimizer else None, evidence=end.evidence)
+
+
+def _riding(run: Run, model: nn.Module, step: int) -> Riding | None:
+    """Return what gathers the evidence for the cut that follows phase ``step``, where the recipe wants that."""
+    chosen = resolve.criterion(run.recipe)
+    if run.recipe.prune.criterion.evidence == "pass" or step == len(run.targets) or not chosen.evidence & PER_SAMPLE:
+        return None
+    return Riding(run.dense if model is run.dense.model else traced(model, run.data), chosen)
 
 
 def cut(run: Run, model: nn.Module, step: int, point: Point) -> Out:
@@ -99,7 +110,9 @@ def cut(run: Run, model: nn.Module, step: int, point: Point) -> Out:
     wanted = recipe.prune.criterion
     batches = (run.data.batch(part) for part in run.data.train[: wanted.samples].split(wanted.batch_size))
     chosen, shown = resolve.criterion(recipe), scored(recipe, graph)
-    scores = score(shown, chosen, batches) if prunable(shown) else Scores(shown, repr(chosen), {})
+    gathered = None if point.evidence is None else Sums.of(point.evidence)
+    idle = not prunable(shown)
+    scores = Scores(shown, repr(chosen), {}) if idle else score(shown, chosen, batches, sums=gathered)
     budget = Budget(**{recipe.budget.kind: target})
     small, proof, end = (_zeroed if run.masking else _smaller)(run, scores, graph, budget, step, point)
     after = run.quality(small)
@@ -185,7 +198,7 @@ def allocate(recipe: Recipe, dense: Graph, scores: Scores, budget: Budget) -> Pl
     return choose(
         scores,
         budget,
-        prune.allocation,
+        resolve.allocation(recipe),
         round_to=prune.round_to,
         min_units=prune.min_units,
         exact_only=prune.exact_only,
