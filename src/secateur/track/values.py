@@ -40,7 +40,7 @@ def _name(key: str) -> str:
     """Return ``key`` with letters that stores refuse replaced; a digest keeps apart what looks alike then.
 
     >>> _name("train.lr"), _name("prune.keep.layer1.*")
-    ('train.lr', 'prune.keep.layer1._-55632c')
+    ('train.lr', 'prune.keep.layer1._-b32428')
     """
     safe = re.sub(r"[^A-Za-z0-9_.-]+", "_", key)[: LONGEST["name"]]
     return safe if safe == key else f"{safe}-{hashlib.sha256(key.encode()).hexdigest()[:6]}"
