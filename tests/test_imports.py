@@ -29,6 +29,7 @@ PARTS = {  # files that carry a part of one of the names above, or stand apart f
     "widths": "allocate",
     "attention": "compact",
     "fit": "compact",
+    "hollow": "compact",
     "patch": "compact",
     "sizes": "compact",
     "header": "checkpoint",

@@ -96,6 +96,8 @@ def best(values: np.ndarray, count: int) -> np.ndarray:
     """Return the indices of the ``count`` highest scores, ascending; ties go to the lower index."""
     if count >= len(values):
         return np.arange(len(values))
+    if not count:
+        return np.arange(0)
     lowest = np.partition(values, len(values) - count)[len(values) - count]
     above = np.flatnonzero(values > lowest)
     level = np.flatnonzero(values == lowest)[: count - len(above)]
