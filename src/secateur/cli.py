@@ -125,6 +125,10 @@ def run(
         Path | None, typer.Option("--out", metavar="DIR", help="Folder of the run. [default: runs/NAME]")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run of this recipe.")] = False,
+    shared: Annotated[
+        Path | None,
+        typer.Option("--shared", metavar="DIR", help="Take the dense training from here, or leave it here for others."),
+    ] = None,
 ) -> None:
     """Train, prune, recover, measure and report, as a recipe says."""
     from secateur.folder import RECORDS, REPORT, choose
@@ -137,11 +141,12 @@ def run(
     folder = choose(chosen, resume)
     try:
         with screen() as shown:
-            carry_out(chosen, folder, resume=resume, screen=shown)
+            carry_out(chosen, folder, resume=resume, screen=shown, shared=shared)
     except KeyboardInterrupt as stop:
-        words = shlex.join([str(recipe), *(overrides or ()), "--out", str(folder), "--resume"])
-        again = f"Continue with: secateur run {words}"
-        raise type(stop)(again if folder.exists() else "Nothing was written.") from None
+        again = ["--shared", str(shared)] if shared else []
+        words = shlex.join([str(recipe), *(overrides or ()), "--out", str(folder), *again, "--resume"])
+        told = f"Continue with: secateur run {words}"
+        raise type(stop)(told if folder.exists() else "Nothing was written.") from None
     typer.echo(summary(read(folder / RECORDS)))
     typer.echo(f"report: {folder / REPORT}")
 

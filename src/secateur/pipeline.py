@@ -34,11 +34,19 @@ from secateur.train.resume import State, read_state
 from secateur.types import Graph, Plan, RecipeError
 
 
-def run(recipe: Recipe, folder: Path | None = None, *, resume: bool = False, screen: Screen | None = None) -> Path:
+def run(
+    recipe: Recipe,
+    folder: Path | None = None,
+    *,
+    resume: bool = False,
+    screen: Screen | None = None,
+    shared: Path | None = None,
+) -> Path:
     """Carry out ``recipe`` and return the folder of the run (``folder``, or what ``folder.choose`` says).
 
     Everything that can be checked early (data, model, budget, name patterns) is checked before the folder is
-    made.  Raises the errors of the parts; what is on the disk then is a state that ``resume`` continues.
+    made.  ``shared`` is a folder of dense trainings that runs share (see ``sharing``).  Raises the errors of the
+    parts; what is on the disk then is a state that ``resume`` continues.
     """
     screen = screen or Screen()
     begin = time.perf_counter()
@@ -56,7 +64,7 @@ def run(recipe: Recipe, folder: Path | None = None, *, resume: bool = False, scr
     folder.mkdir(parents=True, exist_ok=True)
     write_recipe(recipe, folder)
     log = Log(folder / RECORDS, saved.records if saved else 0)
-    run = Run(recipe, folder, data, dense, log, screen, whole(dense))
+    run = Run(recipe, folder, data, dense, log, screen, whole(dense), shared=shared)
     screen.line(f"run folder: {folder}")
     model = _restored(run, saved) if saved else _started(run, device)
     point = saved.point if saved else Point()

@@ -40,6 +40,7 @@ class Run:
     """Everything the stages share.
 
     ``plan`` is what was cut so far, as a plan of the dense graph; ``stopped`` says that no cut follows.
+    ``shared`` is the folder of dense trainings that runs share.
     """
 
     recipe: Recipe
@@ -51,6 +52,7 @@ class Run:
     plan: Plan
     stage: int = 0
     stopped: bool = False
+    shared: Path | None = None
 
     @property
     def example(self) -> torch.Tensor:
