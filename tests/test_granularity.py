@@ -36,7 +36,7 @@ def conv_graph() -> Graph:
 
 
 def kernel_plan(graph: Graph, keep: float, **options: object) -> Plan:
-    return allocate(score(units(graph, "kernel"), Magnitude(math.inf)), Budget(units=keep), **options)
+    return allocate(score(units(graph, "kernel"), Magnitude(math.inf)), Budget(params=keep), **options)
 
 
 def test_kernel_scores_are_the_largest_absolute_weight() -> None:
@@ -59,7 +59,10 @@ def test_the_fraction_of_weights_is_within_one_kernel_of_the_request(keep: float
     total = sum(p.numel() for p in convs.values())
     kept = total - sum(int((~mask).sum()) for mask in found.values())
     assert abs(kept - keep * total) <= 49
-    assert dict(plan.achieved)["units"] == pytest.approx(kept / total)
+    assert dict(plan.achieved)["params"] == pytest.approx(kept / total)
+    kernels = sum(p.shape[0] * p.shape[1] for p in convs.values())
+    gone = sum(count - len(stays) for _, count, stays in plan.keep)
+    assert dict(plan.achieved)["units"] == pytest.approx(1 - gone / kernels)
     for name, mask in found.items():
         assert mask.shape == convs[name].shape
         per_kernel = mask.flatten(2).float().mean(2)

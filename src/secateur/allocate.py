@@ -29,8 +29,9 @@ def allocate(
 
     ``allocation`` splits the budget over the groups: ``uniform``, ``global``, ``isomorphic`` or an object
     of these classes.  Budgets of params and macs are fractions of the whole model, budgets of units are
-    fractions of all units in prunable groups.  Within a group the best scores stay; ties go to the lower
-    index.
+    fractions of all units in prunable groups.  Of kernels and weights ``params`` is the fraction of the weights
+    in all their groups, so that a 7 x 7 kernel counts 49; ``macs`` is refused, because zeros save no time.
+    Within a group the best scores stay; ties go to the lower index.
 
     ``round_to`` makes widths multiples: ``auto`` of 8 positions in groups at least 32 wide, an int of
     that number in groups at least so wide, None nowhere.  Rounding goes to the nearest width, then single
@@ -111,14 +112,17 @@ def _checked(scores: Scores, group: Group) -> np.ndarray:
 def _cost(graph: Graph, kind: str) -> Callable[[np.ndarray], np.ndarray]:
     """Return the function from widths (..., G) to the fraction of ``kind`` that stays."""
     dense = np.array([group.units for group in graph.groups], dtype=float)
-    weigh = _weigh(graph)
-    if kind == "units":
+    masked = _granularity(graph) in MASKED
+    if masked and kind == "macs":
+        raise PlanError(
+            f"plans of {_granularity(graph)}s are masks, and zeros save no time: "
+            "they take Budget(units=...) or Budget(params=...), not macs=."
+        )
+    if masked or kind == "units":
+        sizes = [unit_size(graph, g) if kind == "params" else 1 for g in graph.groups]
+        weigh = np.array([size * g.prunable for size, g in zip(sizes, graph.groups, strict=True)], dtype=float)
         total = float(dense @ weigh)
         return lambda widths: widths @ weigh / max(total, 1.0)
-    if _granularity(graph) in MASKED:
-        raise PlanError(
-            f"plans of {_granularity(graph)}s are masks: they take Budget(units=...), not {kind}=."
-        )
     counter = Counter.of(graph)
     total = float(counter(kind, dense))
     if total <= 0:
@@ -126,12 +130,6 @@ def _cost(graph: Graph, kind: str) -> Callable[[np.ndarray], np.ndarray]:
             f"the graph counts no {kind}, so Budget({kind}=...) means nothing; use Budget(units=...)."
         )
     return lambda widths: counter(kind, widths) / total
-
-
-def _weigh(graph: Graph) -> np.ndarray:
-    """Return what a unit of each group counts in a budget of units: 1, or its weights; frozen ones 0."""
-    masked = _granularity(graph) in MASKED
-    return np.array([(unit_size(graph, g) if masked else 1.0) * g.prunable for g in graph.groups])
 
 
 def _granularity(graph: Graph) -> str:
@@ -149,7 +147,7 @@ def _plan(
         if width < group.units
     )
     masked = _granularity(graph) in MASKED
-    kinds = ("units",) if masked else ("units", "params", "macs")
+    kinds = ("units", "params") if masked else ("units", "params", "macs")
     achieved = tuple((kind, float(_cost(graph, kind)(widths))) for kind in kinds)
     notes = []
     got = float(search.cost(widths))
@@ -158,6 +156,12 @@ def _plan(
         notes.append(
             f"asked {budget.kind}={budget.keep:g}, reached {got:.4f}: {len(search.slots)} of "
             f"{len(graph.groups)} groups were free, in steps of up to {largest} units; no step comes nearer."
+        )
+    floor = [i for i in search.slots if masked and widths[i] == search.choices[i][0] < graph.groups[i].units]
+    if floor:
+        notes.append(
+            f"{len(floor)} layers are almost empty: of {graph.groups[floor[0]].name!r} only the {widths[floor[0]]} "
+            f"{_granularity(graph)}s that min_units protects stay."
         )
     whole = [g.name for g in graph.groups if g.prunable and g.name not in scores.values]
     if whole:

@@ -51,6 +51,8 @@ def _schedules(recipe: Recipe) -> dict[Path, str]:
             found["prune", "budget"] = "the schedule every counts units: give budget.units"
         if prune.round_to is not None:
             found["prune", "round_to"] = "the schedule every takes units one by one: set round_to to null"
+    if prune.granularity in ("kernel", "weight") and prune.budget.macs is not None:
+        found["prune", "budget"] = f"masks of {prune.granularity}s save no time: give budget.params or budget.units"
     if recover.steps is not None and recover.name in ("none", "rewind"):
         found["recover", "steps"] = f"does nothing with {recover.name}; leave it out"
     if recover.steps is not None and recover.warmup > 0:

@@ -7,6 +7,7 @@ axis, so plans of these granularities are masks only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -14,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur.types import Graph, Group, Member, Plan, PlanError
+from secateur.measure import counts
+from secateur.types import Cost, Graph, Group, Member, Plan, PlanError
 
 CONVOLUTIONS = (
     nn.Conv1d,
@@ -91,6 +93,34 @@ def masks(graph: Graph, plan: Plan) -> dict[str, Tensor]:
 def unit_size(graph: Graph, group: Group) -> int:
     """Return the number of weights in one unit of a kernel or weight group."""
     return graph.model.get_parameter(group.name).numel() // group.units
+
+
+def unit_macs(graph: Graph, group: Group) -> float:
+    """Return the multiply-accumulates of one unit of a kernel or weight group, on the inputs of the trace.
+
+    Those of the operators that its module runs, in equal parts; 0 where another module or function uses the weight.
+    """
+    weight = graph.model.get_parameter(group.name)
+    owners = {path for path, module in graph.model.named_modules() if getattr(module, "weight", None) is weight}
+    return sum(_dense(cost) for cost in graph.costs if cost.module in owners) / group.units
+
+
+def _dense(cost: Cost) -> float:
+    return cost.scale * math.prod(len(ids) for ids in cost.axes)
+
+
+def left(graph: Graph, plan: Plan) -> tuple[int, int]:
+    """Return the weights, and the multiply-accumulates on the inputs of the trace, that are not masked.
+
+    ``graph`` is the model's own, ``plan`` one of kernels or weights.  What the masks leave is arithmetic that a
+    sparse kernel could skip; dense kernels skip none of it.
+    """
+    groups = {group.name: group for group in _masked_groups(graph.model, plan.granularity)}
+    weights, work = float(counts.params(graph)), float(counts.macs(graph))
+    for name, count, indices in plan.keep:
+        weights -= (count - len(indices)) * unit_size(graph, groups[name])
+        work -= (count - len(indices)) * unit_macs(graph, groups[name])
+    return round(weights), round(work)
 
 
 def _masked_groups(model: nn.Module, granularity: str) -> Iterator[Group]:

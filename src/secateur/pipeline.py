@@ -25,7 +25,7 @@ from secateur.measure.latency import describe
 from secateur.progressive import whole
 from secateur.recipe import Recipe
 from secateur.score import score
-from secateur.session import Run, Screen, costs, traced
+from secateur.session import Run, Screen, costs, scored, traced
 from secateur.ship import finish
 from secateur.stages import STAGES, allocate
 from secateur.track.local import Log
@@ -58,7 +58,7 @@ def run(
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     data = resolve.dataset(recipe.data, recipe.seed).to(device)
-    dense = traced(resolve.model(recipe, data).to(device), data)
+    dense = traced(resolve.model(recipe, data).to(device), data, recipe)
     _check_early(recipe, dense, data)
     saved = read_state(folder / STATE) if resume and (folder / STATE).exists() else None
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,8 +99,9 @@ def _check_early(recipe: Recipe, dense: Graph, data: Dataset) -> None:
             f"{data.source.name!r} has {len(data.classes)} classes; set the builder's argument in model.args."
         )
     wanted = resolve.criterion(recipe)
-    scores = score(dense, Magnitude() if wanted.evidence & PER_SAMPLE else wanted)
-    allocate(recipe, dense, scores, recipe.budget)
+    graph = scored(recipe, dense)
+    scores = score(graph, Magnitude() if wanted.evidence & PER_SAMPLE else wanted)
+    allocate(recipe, graph, scores, recipe.budget)
 
 
 def _started(run: Run, device: torch.device) -> nn.Module:
@@ -120,7 +121,7 @@ def _started(run: Run, device: torch.device) -> nn.Module:
     run.log.append("data", name=data.source.name, classes=data.classes, shape=data.shape, **sizes)
     groups = [
         {"name": g.name, "units": g.units, "kind": g.granularity, "exact": g.exact, "frozen": g.frozen}
-        for g in graph.groups
+        for g in scored(recipe, graph).groups
     ]
     figures = costs(graph)
     run.log.append("model", name=recipe.model.name, groups=groups, seconds=graph.seconds, **figures)
@@ -138,7 +139,7 @@ def _restored(run: Run, state: State) -> nn.Module:
     run.screen.line(f"resuming at stage {state.stage + 1} of {len(plan_stages(len(run.targets))) + 1}")
     if state.stage > 0:
         device = run.data.source.images.device
-        run.dense = traced(load(run.folder / DENSE, model=run.dense.model).to(device), run.data)
+        run.dense = traced(load(run.folder / DENSE, model=run.dense.model).to(device), run.data, run.recipe)
     run.plan = Plan.from_json(state.plan) if state.plan else whole(run.dense)
     if state.stage < 2 and not run.plan.keep:  # before the first cut
         run.dense.model.load_state_dict(state.model)

@@ -22,6 +22,7 @@ from secateur.session import Run, figures
 from secateur.track.local import read
 from secateur.train.average import tensors_of
 from secateur.train.distil import taught
+from secateur.train.held import held
 from secateur.train.loop import Cursor, Guide, Point, Settings, draw, shuffled
 from secateur.train.restart import begin_anew, cut_along, recalibrate
 from secateur.train.resume import State, atomic_write, read_state, write_state
@@ -65,7 +66,7 @@ def _anew(run: Run, model: nn.Module, step: int, point: Point) -> Point:
     other = recipe.model_copy(update={"seed": draw(recipe.seed, step), "model": built})
     fresh = resolve.model(other, run.data).to(run.example.device)
     before = run.dense.model.__dict__.get(LINEAGE)  # the run may have started from a model that was cut before
-    begin_anew(model, reshape(fresh, before) if isinstance(before, Surgery) else fresh, bool(run.plan.keep))
+    begin_anew(model, reshape(fresh, before) if isinstance(before, Surgery) else fresh, _sliced(run))
     return point
 
 
@@ -76,8 +77,13 @@ def _rewound(run: Run, model: nn.Module, step: int, point: Point) -> Point:
         dense = load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}, the weights to rewind to, cannot be read ({error}); start anew.") from error
-    model.load_state_dict(cut_along(model, dense, bool(run.plan.keep)))
+    model.load_state_dict(cut_along(model, dense, _sliced(run)))
     return Point(Cursor(run.recipe.recover.rewind))
+
+
+def _sliced(run: Run) -> bool:
+    """Return whether the model has smaller tensors than the dense one; masks are set again when training begins."""
+    return bool(run.plan.keep) and not run.masking
 
 
 BEGINNINGS: dict[str, Callable[[Run, nn.Module, int, Point], Point]] = {
@@ -137,6 +143,25 @@ def guided(run: Run, model: nn.Module, settings: Settings) -> Iterator[Settings]
     guide: Guide
     with taught(model, run.dense.model, run.example, **options) as guide:
         yield replace(settings, guide=guide)
+
+
+@contextmanager
+def masked(run: Run, model: nn.Module, settings: Settings) -> Iterator[Settings]:
+    """Yield ``settings`` with an optimiser that leaves masked weights at zero, where the run has masks."""
+    masks = run.masks(model)
+    if not masks:
+        yield settings
+        return
+    with held(model, masks) as hold:
+        yield replace(settings, optimizer=lambda parameters: hold(settings.optimizer(parameters)))
+
+
+def carried_whole(run: Run, model: nn.Module, step: int, point: Point) -> Point:
+    """Return the beginning of the recovery after a cut that left all tensors of ``model`` their shape."""
+    if not run.recipe.recover.carry_optimizer or point.optimizer is None:
+        return Point()
+    made = settings(run, step).optimizer(p for p in model.parameters() if p.requires_grad)
+    return Point(optimizer={"state": point.optimizer["state"], "param_groups": made.state_dict()["param_groups"]})
 
 
 def carried(run: Run, graph: Graph, cut: nn.Module, small: nn.Module, step: int, point: Point) -> Point:

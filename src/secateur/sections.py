@@ -124,7 +124,7 @@ class Keep(Section):
     units: Fraction | None = None
     """fraction of all units in prunable groups"""
     params: Fraction | None = None
-    """fraction of the parameters of the model"""
+    """fraction of the parameters of the model; of kernels and weights, of the weights that can be masked"""
     macs: Fraction | None = None
     """fraction of the multiply-accumulates of the model"""
 
@@ -159,6 +159,8 @@ class When(Section):
 class Prune(Section):
     """What goes, and when."""
 
+    granularity: Literal["channel", "head", "kernel", "neuron", "weight"] | None = None
+    """units that go: kernel or weight are set to zero and held there, the others cut out (null: all that can be cut)"""
     criterion: Score = Score()
     budget: Keep = Keep(units=0.5)
     allocation: Literal["uniform", "global", "isomorphic"] = "global"

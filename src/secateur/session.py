@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,12 +14,14 @@ from secateur import resolve
 from secateur.compact import compact
 from secateur.data import Dataset
 from secateur.folder import STATE
+from secateur.granularity import MASKED, SELECTED, masks, units
 from secateur.graph.groups import trace
 from secateur.measure import counts
 from secateur.measure.accuracy import Quality, evaluate
 from secateur.recipe import Recipe
 from secateur.track.local import Log
 from secateur.train.average import tensors_of
+from secateur.train.held import zero_
 from secateur.train.loop import Point
 from secateur.train.resume import State, write_state
 from secateur.types import Graph, Plan
@@ -62,7 +64,16 @@ class Run:
     @property
     def targets(self) -> tuple[float, ...]:
         """The fraction of the dense model that stays after each cut."""
-        return resolve.targets(self.recipe, prunable(self.dense))
+        return resolve.targets(self.recipe, prunable(scored(self.recipe, self.dense)))
+
+    @property
+    def masking(self) -> bool:
+        """Whether units are set to zero and held there, not cut out."""
+        return self.recipe.prune.granularity in MASKED
+
+    def masks(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Return the masks on ``model``, one of this run: tensor name -> bool, True = stays."""
+        return masks(replace(self.dense, model=model), self.plan) if self.masking and self.plan.keep else {}
 
     def quality(self, model: nn.Module, part: str = "validation") -> Quality:
         """Return loss and accuracy of ``model`` on a part of the data."""
@@ -74,10 +85,10 @@ class Run:
 
     def shrunk(self, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
         """Return the model that ``plan`` makes of the dense one, with these weights."""
-        kept = self.plan.keep
-        model = compact(self.dense, self.plan, verify=False) if kept else copy.deepcopy(self.dense.model)
+        whole = self.masking or not self.plan.keep
+        model = copy.deepcopy(self.dense.model) if whole else compact(self.dense, self.plan, verify=False)
         model.load_state_dict(tensors)
-        return model
+        return zero_(model, self.masks(model))
 
 
 def prunable(graph: Graph) -> int:
@@ -85,9 +96,15 @@ def prunable(graph: Graph) -> int:
     return sum(group.units for group in graph.groups if group.prunable)
 
 
-def traced(model: nn.Module, data: Dataset) -> Graph:
-    """Return the graph of ``model`` on the first training images."""
-    return trace(model, data.batch(data.train[:EXAMPLES])[0])
+def traced(model: nn.Module, data: Dataset, recipe: Recipe | None = None) -> Graph:
+    """Return the graph of ``model`` on the first training images, without the groups that ``recipe`` leaves whole."""
+    graph = trace(model, data.batch(data.train[:EXAMPLES])[0])
+    return units(graph, recipe.prune.granularity) if recipe and recipe.prune.granularity in SELECTED else graph
+
+
+def scored(recipe: Recipe, graph: Graph) -> Graph:
+    """Return ``graph`` with the units that the recipe scores: its own, or kernels or weights."""
+    return units(graph, recipe.prune.granularity) if recipe.prune.granularity in MASKED else graph
 
 
 def figures(quality: Quality) -> dict[str, float | None]:

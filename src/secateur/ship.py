@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 from secateur.checkpoint import save
 from secateur.data import Dataset
 from secateur.folder import DENSE, PLAN, PROOF, PRUNED, RECORDS, REPORT
+from secateur.masking import compacted, proved, told, unmasked
 from secateur.measure.latency import compare, describe
 from secateur.measure.summary import layers, table
 from secateur.recipe import Recipe
@@ -53,6 +54,9 @@ def finish(run: Run, model: nn.Module) -> None:
                 f"NOT FASTER: at batch {size} the pruned model takes {pruned.value:.3f} ms, the dense one "
                 f"{dense.value:.3f} ms ({gain.value:.2f} times its speed)."
             )
+    if run.masking:
+        warnings += told(run, model)
+        compacted(run, model, passport(run.recipe, run.data))
     _save(run, model, [row for row in found["pruned"] if row.unit not in CLOCKED])
     for name in models:
         path = run.folder / {"dense": DENSE, "pruned": PRUNED}[name]
@@ -76,7 +80,8 @@ def _measured(run: Run, model: nn.Module) -> list[Measurement]:
     found = [row for part in ("validation", "test") for row in run.quality(model, part).measurements(device, part)]
     how = {"params": "counted from the traced graph", "macs": "counted from the traced graph, one image"}
     counted = costs(traced(model, run.data)).items()
-    return found + [Measurement(name, value, name, 1, 0.0, device, how[name]) for name, value in counted]
+    found += [Measurement(name, value, name, 1, 0.0, device, how[name]) for name, value in counted]
+    return found + (unmasked(run, model) if run.masking else [])
 
 
 def _inputs(run: Run, size: int) -> torch.Tensor:
@@ -95,6 +100,8 @@ def _save(run: Run, model: nn.Module, measurements: list[Measurement]) -> None:
     kept = next((record.data["back_to"] for record in records if record.stage == "stopped"), None)
     cuts = [record.data for record in records if record.stage == "cut"][:kept]
     proof = Proof(tuple(Check(**row) for cut in cuts for row in cut["proof"]))
+    if run.masking:
+        proof = Proof((*proof.rows, *proved(replace(run.dense, model=model), run.plan, "held").rows))
     rows: Mapping[str, Any] = {"ok": proof.ok, "rows": [asdict(row) for row in proof.rows]}
     atomic_write(run.folder / PLAN, run.plan.to_json().encode())
     atomic_write(run.folder / PROOF, json.dumps(rows, indent=1).encode())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from glob import escape
 
 from torch import nn
@@ -17,10 +17,11 @@ from secateur.compact import compact
 from secateur.folder import DENSE
 from secateur.graph.verify import check_compact, verify
 from secateur.mask import masked
+from secateur.masking import fallen, proved
 from secateur.progressive import compose, relative
 from secateur.recipe import Recipe
 from secateur.score import score
-from secateur.session import Run, figures, traced
+from secateur.session import Run, figures, scored, traced
 from secateur.ship import passport
 from secateur.train.loop import Epoch, Point, Watch, fit
 from secateur.train.resume import atomic_write
@@ -81,25 +82,25 @@ def _fit(run: Run, model: nn.Module, step: int, point: Point) -> Point:
         lambda done, total: run.screen.progress(label, done, total),
         lambda: time.monotonic() - saved > SAVE_EVERY,
     )
-    with recovery.guided(run, model, settings) if step else nullcontext(settings) as chosen:
+    with (
+        recovery.masked(run, model, settings) as holding,
+        recovery.guided(run, model, holding) if step else nullcontext(holding) as chosen,
+    ):
         end = fit(model, run.data, chosen, begin=point, watch=watch)
     return Point(optimizer=end.optimizer) if run.recipe.recover.carry_optimizer else Point()
 
 
 def cut(run: Run, model: nn.Module, step: int, point: Point) -> Out:
-    """Score, allocate, prove and cut; return the smaller model."""
+    """Score, allocate, prove and cut (or zero); return the model without the units that went."""
     recipe, target = run.recipe, run.targets[step - 1]
     begin = time.perf_counter()
-    graph = run.dense if model is run.dense.model else traced(model, run.data)
+    graph = run.dense if model is run.dense.model else traced(model, run.data, recipe)
     before = run.quality(model)
     wanted = recipe.prune.criterion
     batches = (run.data.batch(part) for part in run.data.train[: wanted.samples].split(wanted.batch_size))
-    scores = score(graph, resolve.criterion(recipe), batches)
+    scores = score(scored(recipe, graph), resolve.criterion(recipe), batches)
     budget = Budget(**{recipe.budget.kind: target})
-    plan = allocate(recipe, run.dense, scores, relative(run.dense, run.plan, graph, budget))
-    proof, made = _proved(graph, plan)
-    run.plan = compose(run.dense, run.plan, plan, budget)
-    small = run.shrunk(made.state_dict())
+    small, proof, end = (_zeroed if run.masking else _smaller)(run, scores, graph, budget, step, point)
     after = run.quality(small)
     (run.folder / "plans").mkdir(exist_ok=True)
     atomic_write(run.folder / "plans" / f"step_{step}.json", run.plan.to_json().encode())
@@ -109,19 +110,40 @@ def cut(run: Run, model: nn.Module, step: int, point: Point) -> Out:
         budget={budget.kind: target},
         achieved=dict(run.plan.achieved),
         groups=[{"name": name, "units": units, "kept": len(kept)} for name, units, kept in run.plan.keep],
-        notes=plan.notes,
+        notes=run.plan.notes,
         proof=[asdict(row) for row in proof.rows],
         before=figures(before),
         after=figures(after),
         seconds=time.perf_counter() - begin,
     )
+    kind, what = ("params", f"weights of {recipe.prune.granularity}s") if run.masking else ("units", "units")
     run.screen.line(
-        f"cut {step}: {dict(run.plan.achieved)['units']:.1%} of the units stay, "
+        f"cut {step}: {dict(run.plan.achieved)[kind]:.1%} of the {what} stay, "
         f"accuracy {before.top1:.2%} -> {after.top1:.2%} before fine-tuning"
     )
-    for note in plan.notes:
+    for note in run.plan.notes:
         run.screen.line(f"note: {note}")
-    return small, recovery.carried(run, graph, made, small, step, point)
+    return small, end
+
+
+def _smaller(
+    run: Run, scores: Scores, graph: Graph, budget: Budget, step: int, point: Point
+) -> tuple[nn.Module, Proof, Point]:
+    """Cut units out of the model of ``graph``; the run's plan becomes that of the result."""
+    plan = allocate(run.recipe, run.dense, scores, relative(run.dense, run.plan, graph, budget))
+    proof, made = _proved(graph, plan)
+    run.plan = compose(run.dense, run.plan, plan, budget)
+    small = run.shrunk(made.state_dict())
+    return small, proof, recovery.carried(run, graph, made, small, step, point)
+
+
+def _zeroed(
+    run: Run, scores: Scores, graph: Graph, budget: Budget, step: int, point: Point
+) -> tuple[nn.Module, Proof, Point]:
+    """Zero kernels or weights of a copy of the model of ``graph``; the run's plan becomes that of the result."""
+    run.plan = allocate(run.recipe, scores.graph, fallen(scores, run.plan), budget)
+    copy = run.shrunk(graph.model.state_dict())
+    return copy, proved(replace(graph, model=copy), run.plan), recovery.carried_whole(run, copy, step, point)
 
 
 def _proved(graph: Graph, plan: Plan) -> tuple[Proof, nn.Module]:

@@ -18,9 +18,9 @@ class Magnitude(Criterion):
     """The p-norm of all weights that produce a unit.
 
     score = (sum_i |w_i|^p)^(1/p) over the slices that produce it (with ``inputs`` also those that consume
-    it); ``p`` is 1, 2 or ``math.inf``.  ``normalise`` divides the sum by the number of weights first, so
-    that a wide fan-in does not count as importance.  For single kernels p = inf is the kernel-level
-    criterion.
+    it); ``p`` is 1, 2 or ``math.inf`` ("inf" in a recipe).  ``normalise`` divides the sum by the number of
+    weights first, so that a wide fan-in does not count as importance.  For single kernels p = inf is the
+    kernel-level criterion.
 
     Raises ``PlanError`` for another p.  Source: Li et al. 2017, "Pruning Filters for Efficient ConvNets"
     (p = 1).
@@ -35,8 +35,9 @@ class Magnitude(Criterion):
     name: ClassVar[str] = "magnitude"
 
     def __post_init__(self) -> None:
-        if self.p not in (1, 2, math.inf):
+        if self.p not in (1, 2, math.inf, "inf"):
             raise PlanError(f"Magnitude(p=...) is 1, 2 or math.inf; got {self.p!r}.")
+        object.__setattr__(self, "p", float(self.p) if isinstance(self.p, str) else self.p)
 
     @property
     def evidence(self) -> frozenset[str]:

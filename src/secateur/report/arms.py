@@ -93,7 +93,8 @@ def compared(
     accuracy = f"{part} top1"
     arms = _arms(outcomes, accuracy)
     units = {name: unit for one in outcomes for name, unit in one.units.items()}
-    costs = ("params", "macs", *sorted((name for name in units if name.startswith("latency")), key=_batch))
+    masked = [name for name in ("unmasked params", "unmasked macs") if name in units]
+    costs = ("params", "macs", *masked, *sorted((name for name in units if name.startswith("latency")), key=_batch))
     fronts = {cost: front([_point(arm, accuracy, cost) for arm in arms]) for cost in costs}
     said = [*notes, *_warnings(outcomes, arms, unfinished)]
     return Comparison(arms, accuracy, costs, units, fronts, tuple(said), tuple(outcomes))

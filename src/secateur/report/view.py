@@ -20,9 +20,11 @@ NAMES = {
     "test top5": "test top-5 accuracy",
     "params": "parameters",
     "macs": "MACs per image",
+    "unmasked params": "parameters that are not masked",
+    "unmasked macs": "MACs that are not masked (theory)",
     "file": "checkpoint",
 }
-CARDS = ("test top1", "params", "macs", "latency")
+CARDS = ("test top1", "unmasked params", "params", "macs", "latency")
 
 
 def view(records: Sequence[Record]) -> dict[str, Any]:
@@ -51,6 +53,7 @@ def view(records: Sequence[Record]) -> dict[str, Any]:
         "layers": _layers(measure.get("layers", {})),
         "cuts": [{**cut, "recovered": recovered.get(cut["step"])} for cut in cuts],
         "dense": _last(stages, "dense"),
+        "folded": _last(stages, "folded"),
         "proof": [row for cut in cuts for row in cut["proof"]],
         "charts": charts(stages),
     }
