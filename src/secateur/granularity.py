@@ -105,6 +105,16 @@ def unit_macs(graph: Graph, group: Group) -> float:
     return sum(_dense(cost) for cost in graph.costs if cost.module in owners) / group.units
 
 
+def unit_shares(graph: Graph, kind: str) -> np.ndarray:
+    """Return the fraction of the model's ``params`` or ``macs`` that one unit of each group is (G,)."""
+    total = {
+        "params": sum(parameter.numel() for parameter in graph.model.parameters()),
+        "macs": sum(_dense(cost) for cost in graph.costs),
+    }[kind]
+    of = {"params": unit_size, "macs": unit_macs}[kind]
+    return np.array([of(graph, group) / max(total, 1) for group in graph.groups])
+
+
 def _dense(cost: Cost) -> float:
     return cost.scale * math.prod(len(ids) for ids in cost.axes)
 

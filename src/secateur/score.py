@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from secateur.criteria.evidence import COSTS, PER_SAMPLE, SLICES, Criterion, Evidence, Slice, unit_slices
 from secateur.criteria.gather import REDUCTIONS, Loss, Pass, Rows, gather
+from secateur.granularity import MASKED, unit_shares
 from secateur.measure.counts import Counter
 from secateur.types import Graph, Group, PlanError, Scores
 
@@ -92,6 +93,8 @@ def _unit_costs(graph: Graph, kinds: frozenset[str]) -> dict[str, np.ndarray]:
     """Return per kind the fraction of the model that one unit of each group (G,) costs."""
     if not kinds:
         return {}
+    if graph.groups and graph.groups[0].granularity in MASKED:
+        return {kind: unit_shares(graph, kind) for kind in kinds}
     counter = Counter.of(graph)
     dense = np.array([float(group.units) for group in graph.groups])
     fewer = dense - np.eye(len(dense))

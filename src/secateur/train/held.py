@@ -88,6 +88,7 @@ def _multiply(weights: list[torch.Tensor], factors: list[torch.Tensor]) -> None:
 def _forget(optimizer: torch.optim.Optimizer, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Zero what ``optimizer`` remembers of the masked weights."""
     for weight, factor in pairs:
-        for value in optimizer.state.get(weight, {}).values():
+        state = optimizer.state.get(weight, {})
+        for name, value in state.items():
             if isinstance(value, torch.Tensor) and value.shape == weight.shape:
-                value.mul_(factor)
+                state[name] = value * factor  # not in place: what was loaded is still the caller's
