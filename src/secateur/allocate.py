@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -53,7 +54,8 @@ def allocate(
     how = ALLOCATIONS[allocation] if isinstance(allocation, str) else allocation
     fixed = {**_fractions(graph, keep or {}), **dict.fromkeys(_matching(graph, freeze), 1.0)}
     ranked = {g.name: _checked(scores, g) for g in graph.groups if g.prunable and g.name in scores.values}
-    choices = [allowed(g.units, step[i], min_units if g.vanishes else max(1, min_units)) for i, g in enumerate(graph.groups)]
+    least = [min_units if group.vanishes else max(1, min_units) for group in graph.groups]
+    choices = [allowed(group.units, step[i], least[i]) for i, group in enumerate(graph.groups)]
     widths = np.array([group.units for group in graph.groups])
     slots = []
     for i, group in enumerate(graph.groups):
@@ -83,6 +85,20 @@ def _matching(graph: Graph, patterns: Sequence[str]) -> list[str]:
             )
         names += found
     return names
+
+
+def limited(graph: Graph, patterns: Sequence[str]) -> Graph:
+    """Return ``graph`` with all groups frozen that match none of ``patterns`` (as in ``allocate``; none: all stay)."""
+    if not patterns:
+        return graph
+    reason = f"not among the groups that may be cut: {', '.join(patterns)}"
+    groups = tuple(
+        group
+        if group.frozen or any(fnmatchcase(path, pattern) for path in _paths(group) for pattern in patterns)
+        else replace(group, frozen=reason)
+        for group in graph.groups
+    )
+    return replace(graph, groups=groups)
 
 
 def _paths(group: Group) -> set[str]:

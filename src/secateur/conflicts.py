@@ -51,10 +51,41 @@ def _schedules(recipe: Recipe) -> dict[Path, str]:
             found["prune", "budget"] = "the schedule every counts units: give budget.units"
         if prune.round_to is not None:
             found["prune", "round_to"] = "the schedule every takes units one by one: set round_to to null"
+    found |= _masks_first(recipe) | _given(recipe)
     if prune.granularity in ("kernel", "weight") and prune.budget.macs is not None:
         found["prune", "budget"] = f"masks of {prune.granularity}s save no time: give budget.params or budget.units"
     if recover.steps is not None and recover.name in ("none", "rewind"):
         found["recover", "steps"] = f"does nothing with {recover.name}; leave it out"
     if recover.steps is not None and recover.warmup > 0:
         found["recover", "warmup"] = "counts epochs; leave it out where recover.steps counts steps"
+    return found
+
+
+def _masks_first(recipe: Recipe) -> dict[Path, str]:
+    prune, recover = recipe.prune, recipe.recover
+    if prune.save_every is None:
+        return {}
+    found: dict[Path, str] = {}
+    if prune.schedule.name != "every" or prune.granularity in ("kernel", "weight"):
+        found["prune", "save_every"] = "goes with the schedule every, and units that are cut out"
+    if recover.steps is None:
+        found["recover", "steps"] = "with prune.save_every, say how many optimiser steps lie before each cut"
+    why = "does nothing with prune.save_every; leave it out"
+    keys = {"keep": prune.keep, "stop_drop": prune.stop_drop}
+    return found | {("prune", key): why for key, value in keys.items() if value}
+
+
+def _given(recipe: Recipe) -> dict[Path, str]:
+    prune = recipe.prune
+    found: dict[Path, str] = {}
+    if prune.plan is not None and prune.schedule.several:
+        found["prune", "schedule"] = "a plan that is given is cut at once: name: once"
+    if prune.plan is not None and prune.granularity is not None:
+        found["prune", "granularity"] = "does nothing with prune.plan; leave it out"
+    if prune.plan is not None and prune.profile is not None:
+        found["prune", "profile"] = "give a plan or a profile, not both"
+    if prune.plan is None and prune.events is not None:
+        found["prune", "events"] = "counts the events of the history in prune.plan; give that too"
+    if prune.normalise is not None and (prune.profile is not None or prune.allocation == "uniform"):
+        found["prune", "normalise"] = "compares scores of different groups, which this allocation does not"
     return found
