@@ -209,6 +209,25 @@ def test_without_the_hold_a_dense_momentum_revives_them() -> None:
     assert max(astray(model, found).values()) > 0
 
 
+class Noisy(torch.optim.SGD):
+    """Langevin dynamics: it moves weights that have neither a gradient nor a momentum."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        for group in self.param_groups:
+            for weight in group["params"]:
+                weight.add_(0.01 * torch.randn_like(weight))
+
+
+def test_an_optimiser_that_moves_weights_by_itself_cannot_move_these() -> None:
+    model = narrow()
+    found = kernel_masks(model, 0.5)
+    with held(model, found) as hold:
+        train(model, hold(Noisy(model.parameters(), 0.01)), 3)
+    assert not max(astray(model, found).values())
+
+
 def test_a_kernel_that_stays_and_becomes_zero_goes_on_training() -> None:
     model = narrow()
     found = kernel_masks(model, 0.5)
