@@ -96,7 +96,7 @@ class Erosion:
     def _scores(self, live: Graph, event: int) -> Scores:
         """Return the scores of the units that are left, on images drawn for this event."""
         run = self.run
-        criterion, wanted = resolve.criterion(run.recipe), run.recipe.prune.criterion
+        criterion, wanted = resolve.criterion(run.recipe, event - 1), run.recipe.prune.criterion
         if not criterion.evidence & PER_SAMPLE:
             return score(live, criterion)
         half = resolve.precision(run.recipe)

@@ -62,12 +62,13 @@ def run(
         torch.set_num_threads(recipe.threads)
     data = resolve.dataset(recipe.data, recipe.seed).to(device)
     dense = traced(resolve.model(recipe, data).to(device), data, recipe)
+    given = resolve.given(recipe, dense)
     _check_early(recipe, dense, data)
     saved = read_state(folder / STATE) if resume and (folder / STATE).exists() else None
     folder.mkdir(parents=True, exist_ok=True)
     write_recipe(recipe, folder)
     log = Log(folder / RECORDS, saved.records if saved else 0)
-    run = Run(recipe, folder, data, dense, log, screen, whole(dense), shared=shared, given=resolve.given(recipe, dense))
+    run = Run(recipe, folder, data, dense, log, screen, whole(dense), shared=shared, given=given)
     screen.line(f"run folder: {folder}")
     model = _restored(run, saved) if saved else _started(run, device)
     point = saved.point if saved else Point()
@@ -113,6 +114,8 @@ def _check_early(recipe: Recipe, dense: Graph, data: Dataset) -> None:
             f"prune.save_every holds units at zero while training goes on, but {mixed[0].why_inexact} mixes those of "
             f"{mixed[0].name!r}; leave such groups whole with prune.exact_only=true, or drop save_every."
         )
+    if recipe.prune.plan is not None:
+        return
     scores = score(graph, Magnitude() if wanted.evidence & PER_SAMPLE else wanted)
     allocate(recipe, graph, scores, recipe.budget)
 

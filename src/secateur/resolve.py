@@ -101,11 +101,17 @@ def _filled(network: nn.Module, path: Path) -> nn.Module:
     return load(path, model=network) if ours else network
 
 
-def criterion(recipe: Recipe) -> Criterion:
-    """Return the criterion of a recipe, with its cost terms; one that draws takes the recipe's seed."""
+def criterion(recipe: Recipe, before: int = 0) -> Criterion:
+    """Return the criterion of a recipe, with its cost terms; one that draws takes the recipe's seed.
+
+    ``before`` is the number of cuts before this one: units are numbered anew after each, so they are drawn anew.
+    """
     wanted = recipe.prune.criterion
-    draws = {"seed": recipe.seed} if wanted.name == "random" else {}
-    chosen = REGISTRY[wanted.name](**{**draws, **wanted.args})
+    args = dict(wanted.args)
+    if wanted.name == "random":
+        seed = wanted.args.get("seed", recipe.seed)
+        args["seed"] = draw(int(str(seed)), before) if before else seed
+    chosen = REGISTRY[wanted.name](**args)
     cost = wanted.cost
     return Costed(chosen, macs=cost.macs, params=cost.params) if cost.macs or cost.params else chosen
 

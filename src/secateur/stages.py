@@ -105,7 +105,7 @@ def cut(run: Run, model: nn.Module, step: int, point: Point) -> Out:
     before = run.quality(model)
     wanted = recipe.prune.criterion
     batches = (run.data.batch(part) for part in run.data.train[: wanted.samples].split(wanted.batch_size))
-    scores = None if run.given else score(scored(recipe, graph), resolve.criterion(recipe), batches)
+    scores = None if run.given else score(scored(recipe, graph), resolve.criterion(recipe, step - 1), batches)
     budget = Budget(**{recipe.budget.kind: target})
     small, proof, end = (_zeroed if run.masking else _smaller)(run, scores, graph, budget, step, point)
     after = run.quality(small)
