@@ -302,13 +302,13 @@ def test_a_relative_budget_counts_groups_that_have_nothing_left() -> None:
 
 
 def test_a_failed_proof_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from secateur import stages
+    from secateur import cutting
     from secateur.types import Check, Proof
 
-    def wrong(graph: object, groups: list[str]) -> Proof:
+    def wrong(graph: object, groups: list[str], joint: bool) -> Proof:
         return Proof((Check(groups[0], "permutation", 1.0, 1e-5, False),))
 
-    monkeypatch.setattr(stages, "verify", wrong)
+    monkeypatch.setattr(cutting, "verify", wrong)
     with pytest.raises(VerificationError, match=r"prune\.freeze"):
         pipeline.run(tiny(tmp_path / "out", "prune.schedule.steps=1"))
     assert not (tmp_path / "out" / "pruned.safetensors").exists()

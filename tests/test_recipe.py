@@ -26,7 +26,8 @@ from secateur.train.rates import RATES
 from secateur.types import RecipeError
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted(p for p in (ROOT / "recipes").glob("*.yaml") if not p.stem.startswith("s2a_"))  # in test_kernels
+OWN = ("s2a_", "s4_")  # have tests of their own
+RECIPES = sorted(p for p in (ROOT / "recipes").glob("*.yaml") if not p.stem.startswith(OWN))
 GOOD = "version: 1\nname: x\nprune:\n  budget: {units: 0.5}\n"
 
 

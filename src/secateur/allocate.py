@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -36,7 +37,8 @@ def allocate(
     ``round_to`` makes widths multiples: ``auto`` of 8 positions in groups at least 32 wide, an int of
     that number in groups at least so wide, None nowhere.  Rounding goes to the nearest width, then single
     groups move up or down, those that are furthest from their ideal width first, until the budget is
-    nearest.  At least ``min_units`` stay in each group.  ``exact_only`` leaves groups whole where masking
+    nearest.  At least ``min_units`` stay in each group; with 0 all units of a block with a way around it may
+    go (``Group.vanishes``), elsewhere one stays.  ``exact_only`` leaves groups whole where masking
     and compacting may differ. ``keep`` fixes the fraction of groups by name pattern (fnmatch on the
     group's name, or on the path of a module that produces its units), ``freeze`` leaves groups whole.
 
@@ -45,14 +47,15 @@ def allocate(
     """
     graph = scores.graph
     step = steps(graph, round_to)
-    if isinstance(min_units, bool) or not isinstance(min_units, int) or min_units < 1:
-        raise PlanError(f"allocate(min_units=...) is an int of at least 1; got {min_units!r}.")
+    if isinstance(min_units, bool) or not isinstance(min_units, int) or min_units < 0:
+        raise PlanError(f"allocate(min_units=...) is an int of at least 0; got {min_units!r}.")
     if isinstance(allocation, str) and allocation not in ALLOCATIONS:
         raise PlanError(f"allocate(allocation=...) is one of {', '.join(ALLOCATIONS)}; got {allocation!r}.")
     how = ALLOCATIONS[allocation] if isinstance(allocation, str) else allocation
     fixed = {**_fractions(graph, keep or {}), **dict.fromkeys(_matching(graph, freeze), 1.0)}
     ranked = {g.name: _checked(scores, g) for g in graph.groups if g.prunable and g.name in scores.values}
-    choices = [allowed(group.units, step[i], min_units) for i, group in enumerate(graph.groups)]
+    least = [min_units if group.vanishes else max(1, min_units) for group in graph.groups]
+    choices = [allowed(group.units, step[i], least[i]) for i, group in enumerate(graph.groups)]
     widths = np.array([group.units for group in graph.groups])
     slots = []
     for i, group in enumerate(graph.groups):
@@ -82,6 +85,20 @@ def _matching(graph: Graph, patterns: Sequence[str]) -> list[str]:
             )
         names += found
     return names
+
+
+def limited(graph: Graph, patterns: Sequence[str]) -> Graph:
+    """Return ``graph`` with all groups frozen that match none of ``patterns`` (as in ``allocate``; none: all stay)."""
+    if not patterns:
+        return graph
+    reason = f"not among the groups that may be cut: {', '.join(patterns)}"
+    groups = tuple(
+        group
+        if group.frozen or any(fnmatchcase(path, pattern) for path in _paths(group) for pattern in patterns)
+        else replace(group, frozen=reason)
+        for group in graph.groups
+    )
+    return replace(graph, groups=groups)
 
 
 def _paths(group: Group) -> set[str]:

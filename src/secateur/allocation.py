@@ -88,7 +88,39 @@ class Isomorphic:
         return _by_rank(free, [numbers[pool] for pool in pools], self.normalise)
 
 
-Allocation = Uniform | Global | Isomorphic
+@dataclass(frozen=True)
+class Profile:
+    """The shape of a network that was pruned before: widths in the proportions of ``fractions``, name -> fraction.
+
+    On the way from the whole network to nothing every group passes through its fraction at once; ``t`` scales them
+    by t / (1 - t), and no group grows beyond its units.  Source: Crowley et al. 2018, arXiv 1810.04622, section 5
+    (networks copied from the profile of a pruned one).
+
+    >>> stretched((1.0, 0.5), 4)
+    (1.0, 0.875, 0.625, 0.5)
+    """
+
+    fractions: tuple[tuple[str, float], ...]
+
+    def path(self, free: Free) -> Path:
+        """Return the widths as a function of the fraction."""
+        known = dict(self.fractions)
+        shares = np.array([known.get(group.name, 1.0) for group in free.groups])
+
+        def widths(t: float) -> np.ndarray:
+            wanted = shares * t / (1 - t) if t < 1 else np.ones_like(shares)
+            return np.clip(wanted * free.units, free.least, free.units)
+
+        return widths
+
+
+def stretched(fractions: Sequence[float], count: int) -> tuple[float, ...]:
+    """Return ``fractions``, one per group along the depth, for a network of ``count`` groups: linear in between."""
+    at = (np.arange(count) + 0.5) * len(fractions) / count - 0.5
+    return tuple(np.interp(at, np.arange(len(fractions)), fractions).tolist())
+
+
+Allocation = Uniform | Global | Isomorphic | Profile
 ALLOCATIONS: dict[str, Allocation] = {"uniform": Uniform(), "global": Global(), "isomorphic": Isomorphic()}
 
 
@@ -96,6 +128,8 @@ def best(values: np.ndarray, count: int) -> np.ndarray:
     """Return the indices of the ``count`` highest scores, ascending; ties go to the lower index."""
     if count >= len(values):
         return np.arange(len(values))
+    if not count:
+        return np.arange(0)
     lowest = np.partition(values, len(values) - count)[len(values) - count]
     above = np.flatnonzero(values > lowest)
     level = np.flatnonzero(values == lowest)[: count - len(above)]

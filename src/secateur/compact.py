@@ -14,6 +14,7 @@ from torch import nn
 from secateur.attention import swap
 from secateur.graph.state import plain_dicts
 from secateur.graph.verify import check_compact
+from secateur.hollow import hollow
 from secateur.mask import masked, tensors_of, unmasked
 from secateur.patch import Patch, install, installed
 from secateur.sizes import attention_swaps, library_attributes
@@ -171,7 +172,7 @@ def _slice(
 def take(tensor: torch.Tensor, parts: tuple[tuple[int, np.ndarray], ...]) -> torch.Tensor:
     """Return the kept positions of ``tensor`` along each axis, in its memory format."""
     out = tensor
-    for axis, positions in sorted(parts, key=lambda part: len(part[1]) / out.shape[part[0]]):
+    for axis, positions in sorted(parts, key=lambda part: len(part[1]) / max(out.shape[part[0]], 1)):
         out = out.index_select(axis, torch.from_numpy(positions).to(tensor.device))
     if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
         out = out.contiguous(memory_format=torch.channels_last)
@@ -212,7 +213,8 @@ def reshape(model: nn.Module, surgery: Surgery) -> nn.Module:
     tensors: dict[str, torch.Tensor] = {}
     for name, shape in surgery.shapes:
         old = dense.get(name)
-        if old is None or old.dim() != len(shape) or any(not 0 < b <= a for a, b in zip(old.shape, shape, strict=True)):
+        fits = old is not None and old.dim() == len(shape)
+        if old is None or not fits or any(not 0 <= b <= a for a, b in zip(old.shape, shape, strict=True)):
             found = "no such tensor" if old is None else f"shape {tuple(old.shape)}"
             raise CheckpointError(
                 f"the file cuts {name!r} to {shape}, this model has {found}; load it onto its own dense model."
@@ -248,6 +250,7 @@ def _restructure(model: nn.Module, surgery: Surgery) -> None:
     if missing:
         raise CheckpointError(f"the surgery patches {sorted(missing)[0]!r}, which this model does not have.")
     install(model, surgery.patches)
+    hollow(model)
 
 
 def compact_optimizer(optimizer: torch.optim.Optimizer, graph: Graph, small: nn.Module) -> torch.optim.Optimizer:

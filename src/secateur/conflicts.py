@@ -53,10 +53,9 @@ def _schedules(recipe: Recipe) -> dict[Path, str]:
             found["prune", "budget"] = "the schedule every counts units: give budget.units"
         if prune.round_to is not None:
             found["prune", "round_to"] = "the schedule every takes units one by one: set round_to to null"
+    found |= _masks_first(recipe) | _given(recipe)
     if prune.granularity in ("kernel", "weight") and prune.budget.macs is not None:
         found["prune", "budget"] = f"masks of {prune.granularity}s save no time: give budget.params or budget.units"
-    if prune.normalise != "auto" and prune.allocation == "uniform":
-        found["prune", "normalise"] = "does nothing with allocation uniform, which compares no groups; leave it out"
     if recover.steps is not None and recover.name in ("none", "rewind"):
         found["recover", "steps"] = f"does nothing with {recover.name}; leave it out"
     if recover.steps is not None and recover.warmup > 0:
@@ -69,6 +68,8 @@ def _secrets(recipe: Recipe) -> dict[Path, str]:
         return {}
     why = "a recipe is copied into every record and report, so it must not hold a name or password"
     return {("track", "mlflow"): f"{why}; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"}
+
+
 def _evidence(recipe: Recipe) -> dict[Path, str]:
     """Evidence from training needs training before every cut."""
     if recipe.prune.criterion.evidence == "pass":
@@ -81,3 +82,33 @@ def _evidence(recipe: Recipe) -> dict[Path, str]:
     if several and idle:
         return {("prune", "criterion", "evidence"): why + "there is none between the cuts; take pass"}
     return {}
+
+
+def _masks_first(recipe: Recipe) -> dict[Path, str]:
+    prune, recover = recipe.prune, recipe.recover
+    if prune.save_every is None:
+        return {}
+    found: dict[Path, str] = {}
+    if prune.schedule.name != "every" or prune.granularity in ("kernel", "weight"):
+        found["prune", "save_every"] = "goes with the schedule every, and units that are cut out"
+    if recover.steps is None:
+        found["recover", "steps"] = "with prune.save_every, say how many optimiser steps lie before each cut"
+    why = "does nothing with prune.save_every; leave it out"
+    keys = {"keep": prune.keep, "stop_drop": prune.stop_drop}
+    return found | {("prune", key): why for key, value in keys.items() if value}
+
+
+def _given(recipe: Recipe) -> dict[Path, str]:
+    prune = recipe.prune
+    found: dict[Path, str] = {}
+    if prune.plan is not None and prune.schedule.several:
+        found["prune", "schedule"] = "a plan that is given is cut at once: name: once"
+    if prune.plan is not None and prune.granularity is not None:
+        found["prune", "granularity"] = "does nothing with prune.plan; leave it out"
+    if prune.plan is not None and prune.profile is not None:
+        found["prune", "profile"] = "give a plan or a profile, not both"
+    if prune.plan is None and prune.events is not None:
+        found["prune", "events"] = "counts the events of the history in prune.plan; give that too"
+    if prune.normalise != "auto" and (prune.profile is not None or prune.allocation == "uniform"):
+        found["prune", "normalise"] = "compares scores of different groups, which this allocation does not"
+    return found

@@ -17,6 +17,7 @@ from secateur.types import RecipeError
 RECIPE, RECORDS, STATE, REPORT = "recipe.yaml", "records.jsonl", "state.safetensors", "report.html"
 REWIND, HELD = "rewind.safetensors", "held.safetensors"
 DENSE, PRUNED, PLAN, PROOF = "dense.safetensors", "pruned.safetensors", "plan.json", "proof.json"
+CHECKPOINTS, HISTORY = "checkpoints", "history.json"
 COMPACT = "compact.safetensors"  # of a masked model, without what its masks left idle
 
 

@@ -6,6 +6,7 @@ any two, and after each epoch, the whole state is in one file; ``resume`` contin
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import platform
 import time
@@ -17,9 +18,11 @@ import torch
 from torch import nn
 
 from secateur import resolve
+from secateur.allocate import _matching as matching
 from secateur.checkpoint import load
 from secateur.criteria import Magnitude
 from secateur.criteria.evidence import DATA
+from secateur.cutting import allocate
 from secateur.data import Dataset
 from secateur.folder import DENSE, HELD, RECORDS, REWIND, STATE, choose, complete, write_recipe
 from secateur.measure.accuracy import logits
@@ -29,7 +32,7 @@ from secateur.recipe import Recipe
 from secateur.score import score
 from secateur.session import Run, Screen, costs, scored, traced
 from secateur.ship import finish
-from secateur.stages import STAGES, allocate
+from secateur.stages import STAGES
 from secateur.track.git import revision
 from secateur.track.live import following
 from secateur.track.local import Log
@@ -80,16 +83,17 @@ def _carry_out(
         torch.set_num_threads(recipe.threads)
     data = resolve.dataset(recipe.data, recipe.seed).to(device)
     dense = traced(resolve.model(recipe, data).to(device), data, recipe)
+    given = resolve.given(recipe, dense)
     _check_early(recipe, dense, data)
     saved = read_state(folder / STATE) if resume and (folder / STATE).exists() else None
     folder.mkdir(parents=True, exist_ok=True)
     write_recipe(recipe, folder)
     log = Log(folder / RECORDS, saved.records if saved else 0)
-    run = Run(recipe, folder, data, dense, log, screen, whole(dense), shared=shared, news=news)
+    run = Run(recipe, folder, data, dense, log, screen, whole(dense), shared=shared, given=given, news=news)
     screen.line(f"run folder: {folder}")
     model = _restored(run, saved, at) if saved else _started(run, device, at)
     point = saved.point if saved else Point()
-    stages = plan_stages(len(run.targets))
+    stages = plan_stages(len(run.targets), masks=recipe.prune.save_every is not None)
     for run.stage in range(saved.stage if saved else 0, len(stages)):
         kind, step = stages[run.stage]
         model, point = STAGES[kind](run, model, step, point)
@@ -105,10 +109,13 @@ def _carry_out(
     return folder
 
 
-def plan_stages(cuts: int) -> list[tuple[str, int]]:
-    """Return the stages as (kind, step): train, then cut and recover for each of the ``cuts``."""
-    steps = range(1, cuts + 1)
-    return [("train", 0), *((kind, step) for step in steps for kind in ("cut", "recover"))]
+def plan_stages(cuts: int, masks: bool = False) -> list[tuple[str, int]]:
+    """Return the stages as (kind, step): train, then cut and recover for each of the ``cuts``.
+
+    With ``masks`` the cut is made little by little while training goes on.
+    """
+    steps, how = range(1, cuts + 1), "erode" if masks else "cut"
+    return [("train", 0), *((kind, step) for step in steps for kind in (how, "recover"))]
 
 
 def _check_early(recipe: Recipe, dense: Graph, data: Dataset) -> None:
@@ -122,6 +129,15 @@ def _check_early(recipe: Recipe, dense: Graph, data: Dataset) -> None:
         )
     wanted = resolve.criterion(recipe)
     graph = scored(recipe, dense)
+    matching(graph, recipe.prune.only)
+    mixed = [g for g in graph.groups if g.prunable and not g.exact]
+    if recipe.prune.save_every is not None and mixed and not recipe.prune.exact_only:
+        raise RecipeError(
+            f"prune.save_every holds units at zero while training goes on, but {mixed[0].why_inexact} mixes those of "
+            f"{mixed[0].name!r}; leave such groups whole with prune.exact_only=true, or drop save_every."
+        )
+    if recipe.prune.plan is not None:
+        return
     scores = score(graph, Magnitude() if wanted.evidence & DATA else wanted)
     allocate(recipe, graph, scores, recipe.budget)
 
@@ -164,6 +180,10 @@ def _restored(run: Run, state: State, at: dict[str, Any] | None) -> nn.Module:
         device = run.data.source.images.device
         run.dense = traced(load(run.folder / DENSE, model=run.dense.model).to(device), run.data, run.recipe)
     run.plan = Plan.from_json(state.plan) if state.plan else whole(run.dense)
+    if state.stage == 1 and run.recipe.prune.save_every is not None:  # masks: all tensors have their dense shape
+        model = copy.deepcopy(run.dense.model)
+        model.load_state_dict(state.model)
+        return model
     if state.stage < 2 and not run.plan.keep:  # before the first cut
         run.dense.model.load_state_dict(state.model)
         return run.dense.model

@@ -7,7 +7,10 @@ graph become plans of the dense one.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+from torch import nn
 
 from secateur.measure import counts
 from secateur.types import Budget, Graph, Plan, PlanError
@@ -55,12 +58,47 @@ def compose(dense: Graph, done: Plan, plan: Plan, budget: Budget) -> Plan:
             raise PlanError(f"group {name!r} has {len(before)} units left, the plan of the next cut says {units}.")
         kept[name] = before[list(indices)]
     rows = tuple((g.name, g.units, tuple(kept[g.name].tolist())) for g in dense.groups if g.name in kept)
-    bare = Plan(dense.fingerprint, rows, plan.granularity, (budget.kind, budget.keep))
-    vector = bare.kept(dense)
+    bare = Plan(dense.fingerprint, rows, plan.granularity, (budget.kind, budget.keep), notes=plan.notes)
+    return replace(bare, achieved=achieved(dense, bare))
+
+
+def achieved(dense: Graph, plan: Plan) -> tuple[tuple[str, float], ...]:
+    """Return the fractions of units, params and macs of ``dense`` that ``plan`` leaves."""
+    vector = plan.kept(dense)
     total = sum(g.units for g in dense.groups if g.prunable)
-    achieved = (
-        ("units", sum(widths(dense, bare).values()) / max(total, 1)),
+    return (
+        ("units", sum(widths(dense, plan).values()) / max(total, 1)),
         ("params", counts.params(dense, vector) / max(counts.params(dense), 1)),
         ("macs", counts.macs(dense, vector) / max(counts.macs(dense), 1)),
     )
-    return Plan(bare.fingerprint, rows, bare.granularity, bare.budget, achieved, plan.notes)
+
+
+def remaining(dense: Graph, plan: Plan, model: nn.Module) -> Graph:
+    """Return the graph of ``model``, of the structure of ``dense`` with the dropped units masked, without these units.
+
+    Scores, budgets and plans of it are those of the model that ``compact`` would make; its members and sites point
+    into the tensors and activations of the masked model.
+    """
+    kept = plan.kept(dense)
+    number = np.where(kept, np.cumsum(kept) - 1, -1)
+    number[-1] = -1  # positions of no unit
+
+    def left(ids: np.ndarray) -> np.ndarray:
+        return number[ids[kept[ids]]]
+
+    groups = []
+    for group in dense.groups:
+        stays = kept[group.offset : group.offset + group.units]
+        if stays.any():
+            members = tuple(replace(m, index=m.index[stays]) for m in group.members)
+            sites = tuple(replace(s, index=s.index[stays]) for s in group.sites)
+            offset = int(number[group.offset + int(np.argmax(stays))])
+            groups.append(replace(group, offset=offset, units=int(stays.sum()), members=members, sites=sites))
+    return replace(
+        dense,
+        model=model,
+        groups=tuple(groups),
+        axes={name: tuple(None if a is None else left(a) for a in axes) for name, axes in dense.axes.items()},
+        costs=tuple(replace(c, axes=tuple(left(a) for a in c.axes)) for c in dense.costs),
+        fingerprint=f"{dense.fingerprint}-{int(kept.sum()) - 1}",
+    )

@@ -33,9 +33,13 @@ from secateur.types import CheckpointError, Graph, Plan
 def settings(run: Run, step: int) -> Settings:
     """Return how to train in phase ``step`` (0: the dense model)."""
     left = dict(run.plan.achieved).get("macs", 1.0)
+    return resolve.training(run.recipe, step, last=step == len(run.targets), left=left, half=half(run))
+
+
+def half(run: Run) -> bool:
+    """Return whether bfloat16 pays for the dense model, and so for all phases."""
     macs = costs(run.dense)["macs"] * run.recipe.train.batch_size
-    half = half_pays(run.dense.model, run.example.device, macs)  # of the dense model: one precision for all phases
-    return resolve.training(run.recipe, step, last=step == len(run.targets), left=left, half=half)
+    return half_pays(run.dense.model, run.example.device, macs)
 
 
 def begin(run: Run, model: nn.Module, step: int, point: Point) -> Point:

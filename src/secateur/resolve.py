@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,21 +14,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from secateur.allocation import ALLOCATIONS, Allocation, Uniform
+from secateur.allocation import Allocation, Global, Isomorphic, Profile, Uniform, stretched
 from secateur.checkpoint import load
 from secateur.criteria import REGISTRY, Costed, Criterion, Normalised, Worst
 from secateur.data import Dataset, open_source, split
 from secateur.data.augment import AUGMENTATIONS
+from secateur.granularity import MASKED
 from secateur.header import KEY
+from secateur.history import History, shape_of
 from secateur.models import MODELS
 from secateur.models.build import build
+from secateur.progressive import achieved
 from secateur.recipe import Recipe
 from secateur.schedules import SCHEDULES
-from secateur.sections import Data
+from secateur.sections import Data, Train
 from secateur.train.loop import Settings, draw
 from secateur.train.optimizers import OPTIMIZERS
-from secateur.train.rates import RATES, warmed
-from secateur.types import CheckpointError, RecipeError
+from secateur.train.rates import RATES, Rate, step, warmed
+from secateur.types import CheckpointError, Graph, Plan, PlanError, RecipeError
 
 
 def device(recipe: Recipe) -> torch.device:
@@ -120,26 +123,88 @@ def _filled(network: nn.Module, path: Path) -> nn.Module:
     return load(path, model=network) if ours else network
 
 
-def criterion(recipe: Recipe) -> Criterion:
-    """Return the criterion of a recipe, with its cost terms, or its reverse; one that draws takes the recipe's seed."""
+def criterion(recipe: Recipe, before: int = 0) -> Criterion:
+    """Return the criterion of a recipe, with its cost terms, or its reverse; one that draws takes the recipe's seed.
+
+    ``before`` is the number of cuts before this one: units are numbered anew after each, so they are drawn anew.
+    """
     wanted = recipe.prune.criterion
-    draws = {"seed": recipe.seed} if wanted.name == "random" else {}
-    chosen = REGISTRY[wanted.name](**{**draws, **wanted.args})
+    args = dict(wanted.args)
+    if wanted.name == "random":
+        seed = wanted.args.get("seed", recipe.seed)
+        args["seed"] = draw(int(str(seed)), before) if before else seed
+    chosen = REGISTRY[wanted.name](**args)
     chosen = Normalised(chosen) if wanted.normalise else chosen
     cost = wanted.cost
     priced = Costed(chosen, macs=cost.macs, params=cost.params) if cost.macs or cost.params else chosen
     return Worst(priced) if wanted.worst else priced
 
 
-def allocation(recipe: Recipe) -> Allocation:
-    """Return how the recipe splits its budget over the groups."""
-    chosen, wanted = ALLOCATIONS[recipe.prune.allocation], recipe.prune.normalise
-    return chosen if isinstance(chosen, Uniform) or wanted == "auto" else replace(chosen, normalise=wanted)
+def allocation(recipe: Recipe, dense: Graph) -> Allocation:
+    """Return how the recipe splits its budget over the groups of ``dense``."""
+    prune = recipe.prune
+    if prune.profile is not None:
+        return Profile(_fractions(_shape("profile", prune.profile), dense))
+    makers: dict[str, Callable[[str | None], Allocation]] = {
+        "uniform": lambda word: Uniform(),
+        "global": Global,
+        "isomorphic": Isomorphic,
+    }
+    return makers[prune.allocation](None if prune.normalise == "auto" else prune.normalise)
+
+
+def _fractions(shape: History | Plan, dense: Graph) -> tuple[tuple[str, float], ...]:
+    """Return the fraction that stays in each group: of a history by place along the depth, of a plan by name."""
+    names = [group.name for group in dense.groups if group.prunable]
+    if isinstance(shape, History):
+        shares = stretched([fraction for _, fraction in shape.fractions()], len(names))
+        return tuple(zip(names, shares, strict=True))
+    found = tuple((name, len(indices) / units) for name, units, indices in shape.keep)
+    unknown = [name for name, _ in found if name not in names]
+    if unknown:
+        raise RecipeError(
+            f"prune.profile: the model has no prunable group {unknown[0]!r}; a plan is matched by names, a history "
+            "(schedule every with save_every) by place, so that it fits other depths."
+        )
+    return found
+
+
+def given(recipe: Recipe, dense: Graph) -> Plan | None:
+    """Return the plan that the recipe names, as one of ``dense``, or None where it names none.
+
+    Raises ``RecipeError`` for a file that is not there, ``PlanError`` for another model's plan.
+    """
+    if recipe.prune.plan is None:
+        return None
+    shape, events = _shape("plan", recipe.prune.plan), recipe.prune.events
+    if isinstance(shape, History):
+        plan = (shape if events is None else shape.until(events)).plan(dense)
+    elif events is None:
+        plan = shape
+    else:
+        raise RecipeError(f"prune.events counts the events of a history; {recipe.prune.plan} is a plan.")
+    if plan.granularity in MASKED:
+        raise RecipeError(f"prune.plan: {recipe.prune.plan} masks single {plan.granularity}s; give a plan that cuts.")
+    return replace(plan, achieved=achieved(dense, plan))
+
+
+def _shape(key: str, path: str) -> History | Plan:
+    try:
+        return shape_of(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"prune.{key}: {path} cannot be read: {error}.") from error
+    except PlanError as error:
+        raise PlanError(f"prune.{key}: {path}: {error}") from error
 
 
 def targets(recipe: Recipe, total: int) -> tuple[float, ...]:
-    """Return the fraction of the dense model, with its ``total`` prunable units, that stays after each cut."""
+    """Return the fraction of the dense model, with its ``total`` prunable units, that stays after each cut.
+
+    Of a schedule whose cuts are masks first (``prune.save_every``) the one cut at its end counts.
+    """
     when = recipe.prune.schedule
+    if recipe.prune.save_every is not None:
+        return (recipe.budget.keep,)
     return SCHEDULES[when.name](recipe.budget.keep, when.cuts, total, when.units)
 
 
@@ -163,6 +228,11 @@ def precision(recipe: Recipe, half: bool) -> torch.dtype | None:
     return {"auto": auto, "float32": None, "bfloat16": torch.bfloat16}[recipe.train.precision]
 
 
+def _rate(name: str, train: Train) -> Rate:
+    falls: dict[str, Rate] = {**RATES, "step": lambda progress: step(progress, train.drops, train.drop_factor)}
+    return falls[name]
+
+
 def training(recipe: Recipe, phase: int, last: bool = False, left: float = 1.0, half: bool = False) -> Settings:
     """Return how to train: ``phase`` 0 is the dense model, k the recovery after cut k (``last``: of all).
 
@@ -179,7 +249,7 @@ def training(recipe: Recipe, phase: int, last: bool = False, left: float = 1.0, 
         epochs,
         train.batch_size,
         lambda parameters: make(parameters, lr, train.weight_decay, train.momentum),
-        warmed(RATES[rate], warmup / max(epochs, 1)),
+        warmed(_rate(rate, train), warmup / max(epochs, 1)),
         train.label_smoothing,
         train.clip_norm,
         AUGMENTATIONS[recipe.data.augment],

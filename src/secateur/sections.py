@@ -75,6 +75,10 @@ class Train(Section):
     """base learning rate"""
     rate: Rates = "constant"
     """how the learning rate falls (one_cycle: rises first)"""
+    drops: Annotated[tuple[Share, ...], Field(strict=False)] = (0.3, 0.6, 0.8)
+    """of rate step: the fractions of the training at which the rate drops"""
+    drop_factor: Share = 0.2
+    """of rate step: what each drop multiplies the rate by"""
     warmup: NotNegative = 0.0
     """epochs in which the rate first rises from 1 % of lr; less than epochs"""
     weight_decay: NotNegative = 0.0
@@ -204,14 +208,24 @@ class Prune(Section):
     normalise: Literal["auto", "mean", "l2", "none"] = "auto"
     """what scores are divided by before those of different groups are compared; auto: mean (none: of masks)"""
     schedule: When = When()
+    save_every: Count | None = None
+    """of schedule every: cut while training goes on, by masks, and write a checkpoint after so many cuts"""
+    plan: str | None = None
+    """plan or history of another run of this model: cut what it says (criterion and budget are not used)"""
+    events: Count | None = None
+    """of plan: take this many events of a history (null: all)"""
+    profile: str | None = None
+    """plan or history of a run: the fractions that stay in its groups are copied, scaled to the budget"""
     round_to: Literal["auto"] | Count | None = "auto"
     """widths become multiples of this; auto: of 8 in groups that are wide enough; null: any width"""
-    min_units: Count = 1
-    """units that stay in every group"""
+    min_units: Annotated[int, Field(ge=0)] = 1
+    """units that stay in every group; 0: blocks with a way around them, such as a shortcut, may lose all"""
     exact_only: bool = False
     """cut only groups where the masked and the smaller model are the same function"""
     keep: dict[str, Fraction] = {}
     """group or module name pattern -> fraction of its units that stays"""
+    only: Names = ()
+    """group or module name patterns: no other units count or go (empty: all that can be cut)"""
     freeze: Names = ()
     """group or module name patterns that stay whole"""
     stop_drop: Share | None = None

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from secateur import resolve
+from secateur.allocate import limited
 from secateur.compact import compact
 from secateur.data import Dataset
 from secateur.folder import STATE
@@ -42,7 +43,8 @@ class Run:
     """Everything the stages share.
 
     ``plan`` is what was cut so far, as a plan of the dense graph; ``stopped`` says that no cut follows.
-    ``shared`` is the folder of dense trainings that runs share; ``news`` is called when a state was saved.
+    ``shared`` is the folder of dense trainings that runs share, ``given`` the plan that the recipe names; ``news`` is
+    called when a state was saved.
     """
 
     recipe: Recipe
@@ -56,6 +58,7 @@ class Run:
     stopped: bool = False
     shared: Path | None = None
     news: Callable[[Path], None] = lambda folder: None
+    given: Plan | None = None
 
     @property
     def example(self) -> torch.Tensor:
@@ -65,6 +68,8 @@ class Run:
     @property
     def targets(self) -> tuple[float, ...]:
         """The fraction of the dense model that stays after each cut."""
+        if self.given is not None:
+            return (dict(self.given.achieved)[self.recipe.budget.kind],)
         return resolve.targets(self.recipe, prunable(scored(self.recipe, self.dense)))
 
     @property
@@ -101,12 +106,17 @@ def prunable(graph: Graph) -> int:
 def traced(model: nn.Module, data: Dataset, recipe: Recipe | None = None) -> Graph:
     """Return the graph of ``model`` on the first training images, without the groups that ``recipe`` leaves whole."""
     graph = trace(model, data.batch(data.train[:EXAMPLES])[0])
-    return units(graph, recipe.prune.granularity) if recipe and recipe.prune.granularity in SELECTED else graph
+    if recipe is None:
+        return graph
+    graph = units(graph, recipe.prune.granularity) if recipe.prune.granularity in SELECTED else graph
+    return limited(graph, recipe.prune.only)
 
 
 def scored(recipe: Recipe, graph: Graph) -> Graph:
     """Return ``graph`` with the units that the recipe scores: its own, or kernels or weights."""
-    return units(graph, recipe.prune.granularity) if recipe.prune.granularity in MASKED else graph
+    if recipe.prune.granularity not in MASKED:
+        return graph
+    return limited(units(graph, recipe.prune.granularity), recipe.prune.only)
 
 
 def figures(quality: Quality) -> dict[str, float | None]:

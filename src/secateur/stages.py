@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from glob import escape
+from typing import Any
 
 from torch import nn
 
-from secateur import during, recovery, resolve, sharing
-from secateur.allocate import _matching as matching
-from secateur.allocate import allocate as choose
+from secateur import recovery, resolve, sharing
 from secateur.checkpoint import save
-from secateur.compact import compact
 from secateur.criteria.evidence import PER_SAMPLE
 from secateur.criteria.riding import Riding, Sums
+from secateur.cutting import allocate, proved
+from secateur.erode import Erosion
 from secateur.folder import DENSE
-from secateur.graph.verify import check_compact, verify
-from secateur.mask import masked
-from secateur.masking import fallen, proved
-from secateur.progressive import compose, relative
-from secateur.recipe import Recipe
+from secateur.masking import fallen
+from secateur.masking import proved as zeroes_proved
+from secateur.progressive import compose, relative, whole
 from secateur.score import score
 from secateur.session import Run, figures, prunable, scored, traced
 from secateur.ship import passport
+from secateur.track.local import read
 from secateur.train.loop import Epoch, Point, Watch, fit
 from secateur.train.resume import atomic_write
-from secateur.types import Budget, Graph, Plan, Proof, Scores, VerificationError
+from secateur.types import Budget, Graph, Proof, Scores
 
 Out = tuple[nn.Module, Point]  # the model, and what the next stage begins with
 SAVE_EVERY = 60.0  # seconds between saved states within an epoch
@@ -62,28 +61,7 @@ def _fit(run: Run, model: nn.Module, step: int, point: Point) -> Point:
     settings = recovery.settings(run, step)
     length = f"{settings.epochs}" if settings.steps is None else f"{settings.steps} steps"
     label = f"{run.recipe.recover.name} after cut {step}" if step else "train"
-    saved = time.monotonic()
-
-    def epoch(row: Epoch) -> None:
-        run.log.append("epoch", step=step, **asdict(row))
-        run.screen.line(
-            f"{label}, epoch {row.epoch + 1}/{length}: loss {row.train_loss:.4f}, "
-            f"validation loss {row.validation_loss:.4f}, accuracy {row.validation_accuracy:.2%}"
-        )
-
-    def keep(point: Point) -> None:
-        nonlocal saved
-        if step == 0:
-            recovery.mark(run, model, point)
-        run.save_state(run.stage, model, point)
-        saved = time.monotonic()
-
-    watch = Watch(
-        keep,
-        epoch,
-        lambda done, total: run.screen.progress(label, done, total),
-        lambda: time.monotonic() - saved > SAVE_EVERY,
-    )
+    watch = _watch(run, model, step, label, length)
     with (
         recovery.masked(run, model, settings) as holding,
         recovery.guided(run, model, holding) if step else nullcontext(holding) as chosen,
@@ -98,7 +76,36 @@ def _riding(run: Run, model: nn.Module, step: int) -> Riding | None:
     chosen = resolve.criterion(run.recipe)
     if run.recipe.prune.criterion.evidence == "pass" or step == len(run.targets) or not chosen.evidence & PER_SAMPLE:
         return None
-    return Riding(run.dense if model is run.dense.model else traced(model, run.data), chosen)
+    return Riding(run.dense if model is run.dense.model else traced(model, run.data, run.recipe), chosen)
+
+
+def _watch(
+    run: Run, model: nn.Module, step: int, label: str, length: str, before_saving: Callable[[], None] = lambda: None
+) -> Watch:
+    """Return what records, shows and saves a training of ``model`` in phase ``step``."""
+    saved = time.monotonic()
+
+    def epoch(row: Epoch) -> None:
+        run.log.append("epoch", step=step, **asdict(row))
+        run.screen.line(
+            f"{label}, epoch {row.epoch + 1}/{length}: loss {row.train_loss:.4f}, "
+            f"validation loss {row.validation_loss:.4f}, accuracy {row.validation_accuracy:.2%}"
+        )
+
+    def keep(point: Point) -> None:
+        nonlocal saved
+        if step == 0:
+            recovery.mark(run, model, point)
+        before_saving()
+        run.save_state(run.stage, model, point)
+        saved = time.monotonic()
+
+    return Watch(
+        keep,
+        epoch,
+        lambda done, total: run.screen.progress(label, done, total),
+        lambda: time.monotonic() - saved > SAVE_EVERY,
+    )
 
 
 def cut(run: Run, model: nn.Module, step: int, point: Point) -> Out:
@@ -109,102 +116,87 @@ def cut(run: Run, model: nn.Module, step: int, point: Point) -> Out:
     before = run.quality(model)
     wanted = recipe.prune.criterion
     batches = (run.data.batch(part) for part in run.data.train[: wanted.samples].split(wanted.batch_size))
-    chosen, shown = resolve.criterion(recipe), scored(recipe, graph)
+    chosen, shown = resolve.criterion(recipe, step - 1), scored(recipe, graph)
     gathered = None if point.evidence is None else Sums.of(point.evidence)
-    idle = not prunable(shown)
-    scores = Scores(shown, repr(chosen), {}) if idle else score(shown, chosen, batches, sums=gathered)
+    if run.given:
+        scores = None
+    elif prunable(shown):
+        scores = score(shown, chosen, batches, sums=gathered)
+    else:
+        scores = Scores(shown, repr(chosen), {})
     budget = Budget(**{recipe.budget.kind: target})
     small, proof, end = (_zeroed if run.masking else _smaller)(run, scores, graph, budget, step, point)
     after = run.quality(small)
+    _cut_record(run, step, target, proof, (figures(before), figures(after)), begin)
+    return small, end
+
+
+def _cut_record(run: Run, step: int, target: float, proof: Proof, quality: tuple[Any, Any], begin: float) -> None:
+    """Write the plan of cut ``step`` and its record; ``quality`` holds the figures before and after it."""
+    recipe, (before, after) = run.recipe, quality
     (run.folder / "plans").mkdir(exist_ok=True)
     atomic_write(run.folder / "plans" / f"step_{step}.json", run.plan.to_json().encode())
     run.log.append(
         "cut",
         step=step,
-        budget={budget.kind: target},
+        budget={recipe.budget.kind: target},
         achieved=dict(run.plan.achieved),
         groups=[{"name": name, "units": units, "kept": len(kept)} for name, units, kept in run.plan.keep],
         notes=run.plan.notes,
         proof=[asdict(row) for row in proof.rows],
-        before=figures(before),
-        after=figures(after),
+        before=before,
+        after=after,
         seconds=time.perf_counter() - begin,
     )
     kind, what = ("params", f"weights of {recipe.prune.granularity}s") if run.masking else ("units", "units")
     run.screen.line(
         f"cut {step}: {dict(run.plan.achieved)[kind]:.1%} of the {what} stay, "
-        f"accuracy {before.top1:.2%} -> {after.top1:.2%} before fine-tuning"
+        f"accuracy {before['top1']:.2%} -> {after['top1']:.2%} before fine-tuning"
     )
     for note in run.plan.notes:
         run.screen.line(f"note: {note}")
-    return small, end
 
 
 def _smaller(
-    run: Run, scores: Scores, graph: Graph, budget: Budget, step: int, point: Point
+    run: Run, scores: Scores | None, graph: Graph, budget: Budget, step: int, point: Point
 ) -> tuple[nn.Module, Proof, Point]:
     """Cut units out of the model of ``graph``; the run's plan becomes that of the result."""
-    plan = allocate(run.recipe, run.dense, scores, relative(run.dense, run.plan, graph, budget))
-    proof, made = _proved(graph, plan)
+    left = relative(run.dense, run.plan, graph, budget)
+    plan = allocate(run.recipe, run.dense, scores, left) if scores is not None else run.given or whole(graph)
+    proof, made = proved(graph, plan)
     run.plan = compose(run.dense, run.plan, plan, budget)
     small = run.shrunk(made.state_dict())
     return small, proof, recovery.carried(run, graph, made, small, step, point)
 
 
 def _zeroed(
-    run: Run, scores: Scores, graph: Graph, budget: Budget, step: int, point: Point
+    run: Run, scores: Any, graph: Graph, budget: Budget, step: int, point: Point
 ) -> tuple[nn.Module, Proof, Point]:
     """Zero kernels or weights of a copy of the model of ``graph``; the run's plan becomes that of the result."""
     run.plan = allocate(run.recipe, scores.graph, fallen(scores, run.plan), budget)
     copy = run.shrunk(graph.model.state_dict())
-    return copy, proved(replace(graph, model=copy), run.plan), recovery.carried_whole(run, copy, step, point)
+    return copy, zeroes_proved(replace(graph, model=copy), run.plan), recovery.carried_whole(run, copy, step, point)
 
 
-def _proved(graph: Graph, plan: Plan) -> tuple[Proof, nn.Module]:
-    """Cut, after the permutation proof of the groups that are cut, and compare masked with compact.
-
-    Raises ``VerificationError`` naming the groups that fail.
-    """
-    rows = verify(graph, [name for name, _, _ in plan.keep]).rows if plan.keep else ()
-    wrong = [row.group for row in rows if not row.ok]
-    if wrong:
-        raise VerificationError(
-            f"permuting the units of {', '.join(wrong)} changes the output, so they must not be cut; "
-            "freeze them (prune.freeze) and report the model."
-        )
-    small = compact(graph, plan, verify=False)
-    with masked(graph, plan):
-        rows = (*rows, check_compact(graph, plan, small)) if plan.keep else rows
-    return Proof(rows), small
-
-
-def allocate(recipe: Recipe, dense: Graph, scores: Scores, budget: Budget) -> Plan:
-    """Call ``allocate`` with the options of the recipe.
-
-    Name patterns are matched on the dense graph.  Fractions in ``keep`` are of the dense model and reached by
-    the first cut; later cuts leave these groups as they are.  Where the schedule has a keep of its own, every group
-    keeps that fraction of its present units, rounded down, and the budget is only what they come to.
-    """
-    prune, graph = recipe.prune, scores.graph
-    present = {group.name for group in graph.groups}
-    first = graph is dense
-    fixed = [escape(name) for name in matching(dense, tuple(prune.keep)) if name in present]
-    whole = [name for name in matching(dense, prune.freeze) if name in present]
-    frozen = [escape(name) for name in whole]
-    keep = prune.keep if first else dict.fromkeys(fixed, 1.0)
-    if prune.schedule.keep is not None:
-        budget, shares = during.event(graph.groups, prune.schedule.keep, whole)
-        keep = {escape(name): share for name, share in shares.items()}
-    return choose(
-        scores,
-        budget,
-        resolve.allocation(recipe),
-        round_to=prune.round_to,
-        min_units=prune.min_units,
-        exact_only=prune.exact_only,
-        keep=keep,
-        freeze=prune.freeze if first else frozen,
+def erode(run: Run, model: nn.Module, step: int, point: Point) -> Out:
+    """Cut by masks while training goes on, event after event; return the smaller model."""
+    begin = time.perf_counter()
+    dense = next(record.data for record in read(run.log.path) if record.stage == "dense")
+    erosion = Erosion(run, model)
+    settings = erosion.settings()
+    watch = replace(
+        _watch(run, erosion.model, step, "cuts", f"{settings.steps} steps", erosion.write_history),
+        stepped=erosion.stepped,
     )
+    try:
+        with recovery.guided(run, erosion.model, settings) as chosen:
+            end = fit(erosion.model, run.data, chosen, begin=point, watch=watch)
+    finally:
+        erosion.close()
+    erosion.write_history()
+    proof, small = proved(erosion.graph, run.plan)
+    _cut_record(run, step, run.targets[step - 1], proof, (dense, figures(run.quality(small))), begin)
+    return small, recovery.carried(run, erosion.graph, small, small, step, end)
 
 
-STAGES = {"train": train, "cut": cut, "recover": recover}
+STAGES = {"train": train, "cut": cut, "erode": erode, "recover": recover}

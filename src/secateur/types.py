@@ -94,7 +94,8 @@ class Group:
 
     ``frozen`` is the reason (operator and module path) when the group cannot be cut, else ``None``.
     ``exact`` is False where a norm or a mean mixes the units, so that masking and compacting may differ.
-    ``signature`` is equal for groups of the same structure (isomorphic allocation).
+    ``signature`` is equal for groups of the same structure (isomorphic allocation).  ``vanishes``: it may lose all of
+    its units, because the model has a way around it.
     """
 
     name: str
@@ -107,11 +108,12 @@ class Group:
     frozen: str | None = None
     sites: tuple[Site, ...] = ()
     signature: str = ""
+    vanishes: bool = False
 
     @property
     def prunable(self) -> bool:
         """True when units of this group may go."""
-        return self.frozen is None and self.units > 1
+        return self.frozen is None and (self.units > 1 or self.vanishes)
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,6 +18,7 @@ from secateur.graph.members import build_groups
 from secateur.graph.rules import apply_rule
 from secateur.graph.rules.point import pointwise
 from secateur.graph.trace import Recording, Ref, inputs_of, record, unused
+from secateur.graph.vanish import mark_vanishing
 from secateur.types import Cost, Graph, Group, TraceError
 
 
@@ -112,6 +113,7 @@ def group(model: nn.Module, args: Any, kwargs: Any, recording: Recording, begin:
 
     if foreign(model):
         graph = settle(graph)
+    graph = mark_vanishing(graph, recording)
     return replace(graph, fingerprint=fingerprint(graph, recording), seconds=time.perf_counter() - begin)
 
 

@@ -141,7 +141,7 @@ def _layers(layers: Mapping[str, Sequence[Data]]) -> list[dict[str, Any]]:
     rows = []
     for row in layers.get("dense", ()):
         small = after.get(row["name"], {"params": 0, "output": ()})
-        share = small["params"] / row["params"]
+        share = small["params"] / max(row["params"], 1)
         rows.append({**row, "after": small["params"], "output_after": small["output"], "share": share})
     return rows
 

@@ -114,12 +114,17 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Watch:
-    """What the loop calls: ``save`` after each epoch and when ``due``, ``epoch`` with the figures."""
+    """What the loop calls.
+
+    ``save`` after each epoch and when ``due``, ``epoch`` with the figures, ``stepped`` after each optimiser step with
+    the number of steps so far.
+    """
 
     save: Callable[[Point], None] = lambda point: None
     epoch: Callable[[Epoch], None] = lambda figures: None
     progress: Callable[[int, int], None] = lambda done, total: None
     due: Callable[[], bool] = lambda: False
+    stepped: Callable[[int], None] = lambda done: None
 
 
 def fit(
@@ -231,6 +236,7 @@ def _train_epoch(work: _Work, cursor: Cursor) -> Cursor:
         loss, right = _step(work, inputs, labels)
         if work.average is not None:
             work.average.update(before + step)
+        watch.stepped(before + step + 1)
         loss_sum += loss * len(labels)
         hits += right
         cursor = replace(cursor, step=step + 1, seen=cursor.seen + len(labels))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 Rate = Callable[[float], float]
 
@@ -36,15 +36,15 @@ def one_cycle(progress: float) -> float:
     return end + (1 - end) * cosine((progress - rise) / (1 - rise))
 
 
-def step(progress: float) -> float:
-    """Return 1, then 0.2 from 30 %, 0.04 from 60 %, 0.008 from 80 % of the training.
+def step(progress: float, drops: Sequence[float] = (0.3, 0.6, 0.8), factor: float = 0.2) -> float:
+    """Return 1, and ``factor`` times as much from each of the ``drops`` on.
 
     Source: Zagoruyko and Komodakis 2016, arXiv 1605.07146, section 3 (drops at epochs 60, 120, 160 of 200).
 
-    >>> step(0.0), round(step(0.3), 6), round(step(0.9), 6)
-    (1.0, 0.2, 0.008)
+    >>> step(0.0), round(step(0.3), 6), round(step(0.9), 6), step(0.5, (0.5, 0.75), 0.1)
+    (1.0, 0.2, 0.008, 0.1)
     """
-    return 0.2 ** sum(progress >= at for at in (0.3, 0.6, 0.8))
+    return factor ** sum(progress >= at for at in drops)
 
 
 def warmed(rate: Rate, share: float) -> Rate:

@@ -68,7 +68,7 @@ def begin_anew(small: nn.Module, fresh: nn.Module, cut: bool) -> None:
     for path, module in small.named_modules():
         prefix = f"{path}." if path else ""
         weight = dense.get(f"{prefix}weight")
-        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and weight is not None:
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and weight is not None and module.weight.numel():
             factor = (weight[0].numel() / module.weight[0].numel()) ** 0.5
             found |= {prefix + n: found[prefix + n] * factor for n, _ in module.named_parameters(recurse=False)}
         if isinstance(module, nn.modules.batchnorm._NormBase):
