@@ -12,6 +12,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,6 +39,9 @@ Trust = Annotated[
 Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A .safetensors file that a run wrote.")]
 
 
+LATER = 2.0  # seconds before a process that is not the first of its run tells its error
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, handled like Ctrl-C."""
 
@@ -60,10 +64,10 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except KeyboardInterrupt as stop:
-            _fail(
-                f"interrupted. {' '.join(map(str, stop.args))}".strip(),
-                143 if isinstance(stop, Terminated) else 130,
-            )
+            code = 143 if isinstance(stop, Terminated) else 130
+            if os.environ.get("RANK", "0") != "0":
+                raise typer.Exit(code) from None
+            _fail(f"interrupted. {' '.join(map(str, stop.args))}".strip(), code)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at exit
             raise typer.Exit(141) from None
@@ -92,6 +96,11 @@ def _explained(error: Exception) -> str | None:
 
 
 def _fail(text: str, code: int) -> None:
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":  # one of several processes: what happens to all of them is told by the first
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(LATER)  # torchrun ends the others meanwhile
+        text = f"process {rank}: {text}"
     typer.echo(f"error: {text}", err=True)
     raise typer.Exit(code)
 
@@ -129,6 +138,8 @@ def run(
     """Train, prune, recover, measure and report, as a recipe says."""
     from secateur.folder import RECORDS, REPORT, choose
     from secateur.pipeline import run as carry_out
+    from secateur.resolve import device
+    from secateur.train.devices import joined
     from secateur.recipe import load
     from secateur.terminal import screen, summary
     from secateur.track.local import read

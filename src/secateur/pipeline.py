@@ -7,6 +7,7 @@ any two, and after each epoch, the whole state is in one file; ``resume`` contin
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import time
 from pathlib import Path
@@ -29,6 +30,7 @@ from secateur.session import Run, Screen, costs, traced
 from secateur.ship import finish
 from secateur.stages import STAGES, allocate
 from secateur.track.local import Log
+from secateur.train.devices import Team, joined
 from secateur.train.loop import Point
 from secateur.train.resume import State, read_state
 from secateur.types import Graph, Plan, RecipeError
@@ -39,26 +41,37 @@ def run(recipe: Recipe, folder: Path | None = None, *, resume: bool = False, scr
 
     Everything that can be checked early (data, model, budget, name patterns) is checked before the folder is
     made.  Raises the errors of the parts; what is on the disk then is a state that ``resume`` continues.
+
+    Under ``torchrun`` all processes call this alike: they divide every batch, and the first one writes.
     """
-    screen = screen or Screen()
+    with joined(resolve.device(recipe)) as team:
+        screen = screen if screen and team.lead else Screen()
+        chosen = Path(team.decided(lambda: str(folder or choose(recipe, resume))))
+        if team.decided(lambda: "complete" if resume and complete(chosen) else ""):
+            screen.line(f"{chosen} is complete; nothing to resume.")
+        else:
+            _carry_out(recipe, chosen, resume, screen, team)
+        return chosen
+
+
+def _carry_out(recipe: Recipe, folder: Path, resume: bool, screen: Screen, team: Team) -> None:
     begin = time.perf_counter()
-    folder = folder or choose(recipe, resume)
-    if resume and complete(folder):
-        screen.line(f"{folder} is complete; nothing to resume.")
-        return folder
-    device = resolve.device(recipe)
+    team.same(recipe.hash + json.dumps(_versions()), "the recipe, or a version of torch or secateur,")
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    data = resolve.dataset(recipe.data, recipe.seed).to(device)
-    dense = traced(resolve.model(recipe, data).to(device), data)
+    with team.first_here():  # which may download
+        data = resolve.dataset(recipe.data, recipe.seed).to(team.device)
+    dense = traced(resolve.model(recipe, data).to(team.device), data)
     _check_early(recipe, dense, data)
-    saved = read_state(folder / STATE) if resume and (folder / STATE).exists() else None
-    folder.mkdir(parents=True, exist_ok=True)
-    write_recipe(recipe, folder)
-    log = Log(folder / RECORDS, saved.records if saved else 0)
-    run = Run(recipe, folder, data, dense, log, screen, whole(dense))
+    with team.copy_of(folder / STATE) as path:
+        saved = read_state(path) if resume and path.exists() else None
+    if team.lead:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_recipe(recipe, folder)
+    log = Log(folder / RECORDS, saved.records if saved else 0, mute=not team.lead)
+    run = Run(recipe, folder, data, dense, log, screen, whole(dense), team=team)
     screen.line(f"run folder: {folder}")
-    model = _restored(run, saved) if saved else _started(run, device)
+    model = _restored(run, saved) if saved else _started(run)
     point = saved.point if saved else Point()
     stages = plan_stages(len(run.targets))
     for run.stage in range(saved.stage if saved else 0, len(stages)):
@@ -70,9 +83,12 @@ def run(recipe: Recipe, folder: Path | None = None, *, resume: bool = False, scr
             run.save_state(run.stage + 1, model, point)
     finish(run, model)
     log.append("end", seconds=time.perf_counter() - begin, resumed=saved is not None)
-    for name in (STATE, REWIND, HELD):
+    for name in (STATE, REWIND, HELD) if team.lead else ():
         (folder / name).unlink(missing_ok=True)
-    return folder
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("secateur", "torch", "numpy")}
 
 
 def plan_stages(cuts: int) -> list[tuple[str, int]]:
@@ -95,18 +111,18 @@ def _check_early(recipe: Recipe, dense: Graph, data: Dataset) -> None:
     allocate(recipe, dense, scores, recipe.budget)
 
 
-def _started(run: Run, device: torch.device) -> nn.Module:
+def _started(run: Run) -> nn.Module:
     """Write the first records of a run; return the dense model."""
     recipe, data, graph = run.recipe, run.data, run.dense
-    versions = {name: importlib.metadata.version(name) for name in ("secateur", "torch", "numpy")}
     run.log.append(
         "run",
         recipe=recipe.model_dump(mode="json"),
         hash=recipe.hash,
-        device=describe(device),
+        device=describe(run.team.device),
+        processes=run.team.size,
         threads=torch.get_num_threads(),
         platform=platform.platform(),
-        versions={**versions, "python": platform.python_version()},
+        versions={**_versions(), "python": platform.python_version()},
     )
     sizes = {part: len(data.part(part)) for part in ("train", "validation", "test")}
     run.log.append("data", name=data.source.name, classes=data.classes, shape=data.shape, **sizes)
@@ -129,8 +145,8 @@ def _restored(run: Run, state: State) -> nn.Module:
     run.log.append("resume", at=state.stage)
     run.screen.line(f"resuming at stage {state.stage + 1} of {len(plan_stages(len(run.targets))) + 1}")
     if state.stage > 0:
-        device = run.data.source.images.device
-        run.dense = traced(load(run.folder / DENSE, model=run.dense.model).to(device), run.data)
+        with run.team.copy_of(run.folder / DENSE) as path:
+            run.dense = traced(load(path, model=run.dense.model).to(run.team.device), run.data)
     run.plan = Plan.from_json(state.plan) if state.plan else whole(run.dense)
     if state.stage < 2 and not run.plan.keep:  # before the first cut
         run.dense.model.load_state_dict(state.model)

@@ -16,10 +16,11 @@ from secateur.data import Dataset
 from secateur.folder import STATE
 from secateur.graph.groups import trace
 from secateur.measure import counts
-from secateur.measure.accuracy import Quality, evaluate
+from secateur.measure.accuracy import Quality
 from secateur.recipe import Recipe
 from secateur.track.local import Log
 from secateur.train.average import tensors_of
+from secateur.train.devices import ALONE, Team, quality
 from secateur.train.loop import Point
 from secateur.train.resume import State, write_state
 from secateur.types import Graph, Plan
@@ -39,7 +40,8 @@ class Screen:
 class Run:
     """Everything the stages share.
 
-    ``plan`` is what was cut so far, as a plan of the dense graph; ``stopped`` says that no cut follows.
+    ``plan`` is what was cut so far, as a plan of the dense graph; ``stopped`` says that no cut follows.  All processes
+    of ``team`` go through the same stages; the first one alone writes.
     """
 
     recipe: Recipe
@@ -51,6 +53,7 @@ class Run:
     plan: Plan
     stage: int = 0
     stopped: bool = False
+    team: Team = ALONE
 
     @property
     def example(self) -> torch.Tensor:
@@ -64,11 +67,13 @@ class Run:
 
     def quality(self, model: nn.Module, part: str = "validation") -> Quality:
         """Return loss and accuracy of ``model`` on a part of the data."""
-        return evaluate(model, self.data.batches(part, max(256, self.recipe.train.batch_size)))
+        return quality(model, self.data, part, max(256, self.recipe.train.batch_size), self.team)
 
     def save_state(self, stage: int, model: nn.Module, point: Point) -> None:
         """Replace the saved state."""
-        write_state(self.folder / STATE, State(stage, self.log.count, point, tensors_of(model), self.plan.to_json()))
+        if self.team.lead:
+            state = State(stage, self.log.count, point, tensors_of(model), self.plan.to_json())
+            write_state(self.folder / STATE, state)
 
     def shrunk(self, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
         """Return the model that ``plan`` makes of the dense one, with these weights."""

@@ -37,10 +37,16 @@ def passport(recipe: Recipe, data: Dataset) -> dict[str, Any]:
 
 
 def finish(run: Run, model: nn.Module) -> None:
-    """Measure, save and report.  This is the one place that reads the test set."""
+    """Measure, save and report.  This is the one place that reads the test set.
+
+    Several processes divide the images; then the first one goes on alone, so that nothing disturbs the latencies.
+    """
     run.screen.line("measuring ...")
     models = {"dense": run.dense.model, "pruned": model}
     found: dict[str, list[Measurement]] = {name: _measured(run, net) for name, net in models.items()}
+    run.team.dissolve()
+    if not run.team.lead:
+        return
     warnings = []
     for size in run.recipe.measure.batch_sizes:
         inputs, repeats = _inputs(run, size), run.recipe.measure.repeats

@@ -35,7 +35,8 @@ def train(run: Run, model: nn.Module, step: int, point: Point) -> Out:
     recovery.mark(run, model, point)
     end = _fit(run, model, 0, point)
     run.log.append("dense", **figures(run.quality(model)))
-    save(model, run.folder / DENSE, recipe=run.recipe.hash, extra=passport(run.recipe, run.data))
+    if run.team.lead:
+        save(model, run.folder / DENSE, recipe=run.recipe.hash, extra=passport(run.recipe, run.data))
     return model, end
 
 
@@ -76,7 +77,7 @@ def _fit(run: Run, model: nn.Module, step: int, point: Point) -> Point:
         lambda: time.monotonic() - saved > SAVE_EVERY,
     )
     with recovery.guided(run, model, settings) if step else nullcontext(settings) as chosen:
-        end = fit(model, run.data, chosen, begin=point, watch=watch)
+        end = fit(model, run.data, chosen, begin=point, watch=watch, team=run.team)
     return Point(optimizer=end.optimizer) if run.recipe.recover.carry_optimizer else Point()
 
 
@@ -91,12 +92,14 @@ def cut(run: Run, model: nn.Module, step: int, point: Point) -> Out:
     scores = score(graph, resolve.criterion(recipe), batches)
     budget = Budget(**{recipe.budget.kind: target})
     plan = allocate(recipe, run.dense, scores, relative(run.dense, run.plan, graph, budget))
+    run.team.same(plan.to_json(), f"the plan of cut {step}")
     proof, made = _proved(graph, plan)
     run.plan = compose(run.dense, run.plan, plan, budget)
     small = run.shrunk(made.state_dict())
     after = run.quality(small)
-    (run.folder / "plans").mkdir(exist_ok=True)
-    atomic_write(run.folder / "plans" / f"step_{step}.json", run.plan.to_json().encode())
+    if run.team.lead:
+        (run.folder / "plans").mkdir(exist_ok=True)
+        atomic_write(run.folder / "plans" / f"step_{step}.json", run.plan.to_json().encode())
     run.log.append(
         "cut",
         step=step,
