@@ -3,8 +3,8 @@
     python -m benchmarks.kills [--n 20] [--seed 0] [--recipe recipes/quickstart.yaml] [--json FILE] [KEY=VALUE ...]
 
 One run goes through undisturbed.  Each of the others is killed after a random share of that run's time, resumed,
-killed again with even odds, and resumed to the end; SHA-256 of the tensors of ``dense.safetensors`` and
-``pruned.safetensors`` and of ``plan.json`` must equal those of the undisturbed run.
+killed again with even odds, and resumed to the end; SHA-256 of ``dense.safetensors``, ``pruned.safetensors`` and
+``plan.json`` must equal those of the undisturbed run.
 """
 
 from __future__ import annotations
@@ -50,13 +50,7 @@ def finish(words: list[str]) -> str:
 
 def digests(folder: Path) -> dict[str, str]:
     found = {name: folder / name for name in FILES}
-    return {name: hashlib.sha256(_content(p)).hexdigest() if p.exists() else "missing" for name, p in found.items()}
-
-
-def _content(path: Path) -> bytes:
-    """The bytes of a file; of a checkpoint those of its tensors: its header also holds measured latencies."""
-    data = path.read_bytes()
-    return data[8 + int.from_bytes(data[:8], "little") :] if path.suffix == ".safetensors" else data
+    return {n: hashlib.sha256(p.read_bytes()).hexdigest() if p.exists() else "missing" for n, p in found.items()}
 
 
 def trial(options: argparse.Namespace, folder: Path, seconds: float, rng: random.Random) -> dict[str, object]:

@@ -35,6 +35,7 @@ PARTS = {  # files that carry a part of one of the names above, or stand apart f
     "rebuild": "checkpoint",
     "recipe": "pipeline",
     "sections": "pipeline",
+    "sharing": "pipeline",
     "problems": "pipeline",
     "conflicts": "pipeline",
     "recovery": "pipeline",

@@ -130,11 +130,9 @@ def stopped_and_resumed(recipe: Recipe, at: int, monkeypatch: pytest.MonkeyPatch
 
 
 def assert_same_run(one: Path, two: Path) -> None:
-    """Assert that two runs ended in the same weights, bit for bit, and recorded the same figures."""
-    for name in ("dense", "pruned"):
-        a, b = (sc.load(folder / f"{name}.safetensors").state_dict() for folder in (one, two))
-        assert a.keys() == b.keys()
-        assert all(torch.equal(a[key], b[key]) for key in a)
+    """Assert that two runs ended in the same files, bit for bit, and recorded the same figures."""
+    for name in ("dense.safetensors", "pruned.safetensors", "plan.json"):
+        assert (one / name).read_bytes() == (two / name).read_bytes()
     assert figures(one)[1:] == figures(two)[1:]
 
 
@@ -223,6 +221,17 @@ def test_a_taken_folder_and_a_missing_run_are_refused(finished: Path, tmp_path: 
         pipeline.run(loads(TINY, overrides=[f"out={json.dumps(str(finished))}"]))
     with pytest.raises(RecipeError, match="no run to resume"):
         pipeline.run(tiny(tmp_path / "nothing"), resume=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
+    with pytest.raises(RecipeError, match="no run to resume"):
+        pipeline.run(tiny(tmp_path / "other"), resume=True)
+
+
+def test_a_run_killed_before_its_first_file_begins_anew(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / ".recipe.yaml.1.tmp").write_text("version")
+    assert choose(tiny(folder), resume=True) == folder
 
 
 def test_folders_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

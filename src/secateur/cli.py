@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -134,27 +135,35 @@ def run(
         Path | None, typer.Option("--out", metavar="DIR", help="Folder of the run. [default: runs/NAME]")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run of this recipe.")] = False,
+    shared: Annotated[
+        Path | None,
+        typer.Option("--shared", metavar="DIR", help="Take the dense training from here, or leave it here for others."),
+    ] = None,
 ) -> None:
     """Train, prune, recover, measure and report, as a recipe says."""
     from secateur.folder import RECORDS, REPORT, choose
     from secateur.pipeline import run as carry_out
-    from secateur.resolve import device
-    from secateur.train.devices import joined
     from secateur.recipe import load
+    from secateur.resolve import device
     from secateur.terminal import screen, summary
     from secateur.track.local import read
+    from secateur.train.devices import joined
 
     chosen = load(recipe, [*(overrides or ()), *([f"out={json.dumps(str(out))}"] if out else ())])
-    folder = choose(chosen, resume)
-    try:
-        with screen() as shown:
-            carry_out(chosen, folder, resume=resume, screen=shown)
-    except KeyboardInterrupt as stop:
-        words = shlex.join([str(recipe), *(overrides or ()), "--out", str(folder), "--resume"])
-        again = f"Continue with: secateur run {words}"
-        raise type(stop)(again if folder.exists() else "Nothing was written.") from None
-    typer.echo(summary(read(folder / RECORDS)))
-    typer.echo(f"report: {folder / REPORT}")
+    with joined(device(chosen)) as team:
+        folder = Path(team.decided(lambda: str(choose(chosen, resume))))
+        try:
+            with screen() if team.lead else nullcontext() as shown:
+                carry_out(chosen, folder, resume=resume, screen=shown, shared=shared)
+        except KeyboardInterrupt as stop:
+            again = ["--shared", str(shared)] if shared else []
+            words = shlex.join([str(recipe), *(overrides or ()), "--out", str(folder), *again, "--resume"])
+            start = "torchrun (options as before) -m secateur" if team.several else "secateur"
+            told = f"Continue with: {start} run {words}"
+            raise type(stop)(told if folder.exists() else "Nothing was written.") from None
+    if team.lead:
+        typer.echo(summary(read(folder / RECORDS)))
+        typer.echo(f"report: {folder / REPORT}")
 
 
 @app.command()

@@ -48,6 +48,8 @@ def _numbered(base: Path, resume: bool) -> Path:
 def _check_same(recipe: Recipe, folder: Path) -> None:
     path = folder / RECIPE
     if not path.exists():
+        if folder.is_dir() and all(file.name.startswith(".") for file in folder.iterdir()):
+            return  # killed before its first file was whole
         raise RecipeError(f"{folder} holds no run to resume ({RECIPE} is missing); run without --resume.")
     before = load(path)
     if before.hash != recipe.hash:

@@ -36,13 +36,22 @@ from secateur.train.resume import State, read_state
 from secateur.types import Graph, Plan, RecipeError
 
 
-def run(recipe: Recipe, folder: Path | None = None, *, resume: bool = False, screen: Screen | None = None) -> Path:
+def run(
+    recipe: Recipe,
+    folder: Path | None = None,
+    *,
+    resume: bool = False,
+    screen: Screen | None = None,
+    shared: Path | None = None,
+) -> Path:
     """Carry out ``recipe`` and return the folder of the run (``folder``, or what ``folder.choose`` says).
 
     Everything that can be checked early (data, model, budget, name patterns) is checked before the folder is
-    made.  Raises the errors of the parts; what is on the disk then is a state that ``resume`` continues.
+    made.  ``shared`` is a folder of dense trainings that runs share (see ``sharing``).  Raises the errors of the
+    parts; what is on the disk then is a state that ``resume`` continues.
 
-    Under ``torchrun`` all processes call this alike: they divide every batch, and the first one writes.
+    Under ``torchrun`` all processes call this alike: they divide every batch, the first one writes, and nothing is
+    shared with other runs.
     """
     with joined(resolve.device(recipe)) as team:
         screen = screen if screen and team.lead else Screen()
@@ -50,11 +59,11 @@ def run(recipe: Recipe, folder: Path | None = None, *, resume: bool = False, scr
         if team.decided(lambda: "complete" if resume and complete(chosen) else ""):
             screen.line(f"{chosen} is complete; nothing to resume.")
         else:
-            _carry_out(recipe, chosen, resume, screen, team)
+            _carry_out(recipe, chosen, resume, screen, None if team.several else shared, team)
         return chosen
 
 
-def _carry_out(recipe: Recipe, folder: Path, resume: bool, screen: Screen, team: Team) -> None:
+def _carry_out(recipe: Recipe, folder: Path, resume: bool, screen: Screen, shared: Path | None, team: Team) -> None:
     begin = time.perf_counter()
     team.same(recipe.hash + json.dumps(_versions()), "the recipe, or a version of torch or secateur,")
     if recipe.threads is not None:
@@ -69,7 +78,7 @@ def _carry_out(recipe: Recipe, folder: Path, resume: bool, screen: Screen, team:
         folder.mkdir(parents=True, exist_ok=True)
         write_recipe(recipe, folder)
     log = Log(folder / RECORDS, saved.records if saved else 0, mute=not team.lead)
-    run = Run(recipe, folder, data, dense, log, screen, whole(dense), team=team)
+    run = Run(recipe, folder, data, dense, log, screen, whole(dense), shared=shared, team=team)
     screen.line(f"run folder: {folder}")
     model = _restored(run, saved) if saved else _started(run)
     point = saved.point if saved else Point()

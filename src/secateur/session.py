@@ -40,8 +40,9 @@ class Screen:
 class Run:
     """Everything the stages share.
 
-    ``plan`` is what was cut so far, as a plan of the dense graph; ``stopped`` says that no cut follows.  All processes
-    of ``team`` go through the same stages; the first one alone writes.
+    ``plan`` is what was cut so far, as a plan of the dense graph; ``stopped`` says that no cut follows.
+    ``shared`` is the folder of dense trainings that runs share.
+    All processes of ``team`` go through the same stages; the first one alone writes.
     """
 
     recipe: Recipe
@@ -53,6 +54,7 @@ class Run:
     plan: Plan
     stage: int = 0
     stopped: bool = False
+    shared: Path | None = None
     team: Team = ALONE
 
     @property

@@ -9,7 +9,7 @@ from glob import escape
 
 from torch import nn
 
-from secateur import recovery, resolve
+from secateur import recovery, resolve, sharing
 from secateur.allocate import _matching as matching
 from secateur.allocate import allocate as choose
 from secateur.checkpoint import save
@@ -31,10 +31,16 @@ SAVE_EVERY = 60.0  # seconds between saved states within an epoch
 
 
 def train(run: Run, model: nn.Module, step: int, point: Point) -> Out:
-    """Train the dense model, save it, and record its accuracy."""
-    recovery.mark(run, model, point)
-    end = _fit(run, model, 0, point)
-    run.log.append("dense", **figures(run.quality(model)))
+    """Train the dense model, or take the training that another run shares; save it, and record its accuracy."""
+    with sharing.turn(run) as place:
+        if place is not None and place.exists():
+            end = sharing.take(run, place, model)
+        else:
+            recovery.mark(run, model, point)
+            end = _fit(run, model, 0, point)
+            run.log.append("dense", **figures(run.quality(model)))
+            if place is not None:
+                sharing.offer(run, place, model, end)
     if run.team.lead:
         save(model, run.folder / DENSE, recipe=run.recipe.hash, extra=passport(run.recipe, run.data))
     return model, end

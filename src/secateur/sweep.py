@@ -26,9 +26,10 @@ from secateur.folder import RECIPE, choose, complete, write_recipe
 from secateur.recipe import Recipe, load
 from secateur.report.arms import Comparison
 from secateur.session import Screen
+from secateur.sharing import training_hash
 from secateur.types import RecipeError, SecateurError
 
-LOGS, LOCK = "logs", ".lock"
+LOGS, LOCK, SHARED = "logs", ".lock", "dense"
 LONGEST = 100  # characters of a folder's name
 WAIT = 0.1  # seconds between looks at the processes
 PATIENCE = 60.0  # seconds that a run gets to save its state before it is killed
@@ -194,7 +195,7 @@ def _carry_out(
     found: Sequence[Cell], folder: Path, jobs: int, screen: Screen, lock: IO[bytes]
 ) -> tuple[tuple[Cell, str], ...]:
     """Run what is not complete, ``jobs`` at once; return what failed, and why."""
-    waiting = [cell for cell in found if not complete(cell.folder)]
+    waiting = _firsts_first([cell for cell in found if not complete(cell.folder)])
     finished, total = len(found) - len(waiting), len(found)
     if finished:
         screen.line(f"{finished} of {total} cells are complete and skipped")
@@ -224,6 +225,13 @@ def _carry_out(
     return tuple(failed)
 
 
+def _firsts_first(found: Sequence[Cell]) -> list[Cell]:
+    """Return the cells, one of each dense training first: those that share it would only wait for it."""
+    first = {training_hash(cell.recipe): cell for cell in reversed(found)}
+    leading = [cell for cell in found if first[training_hash(cell.recipe)] is cell]
+    return leading + [cell for cell in found if cell not in leading]
+
+
 def threads(jobs: int) -> int:
     """Return how many threads each of ``jobs`` runs gets: the processors of this process, divided."""
     return max(1, len(os.sched_getaffinity(0)) // jobs)
@@ -231,7 +239,8 @@ def threads(jobs: int) -> int:
 
 def command(cell: Cell) -> list[str]:
     """Return the command of a cell: the ordinary run of the recipe in its folder, continued where it stopped."""
-    return [sys.executable, "-m", "secateur", "run", str(cell.folder / RECIPE), "--out", str(cell.folder), "--resume"]
+    where = ["--out", str(cell.folder), "--shared", str(cell.folder.parent / SHARED)]
+    return [sys.executable, "-m", "secateur", "run", str(cell.folder / RECIPE), *where, "--resume"]
 
 
 def _start(cell: Cell, log: Path, threads: int, lock: IO[bytes]) -> Worker:
