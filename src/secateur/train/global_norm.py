@@ -94,8 +94,7 @@ class _Normed(torch.autograd.Function):
         ctx.team = team
         ctx.save_for_backward(input, weight, mean, (var + eps).rsqrt(), count)
         ctx.mark_non_differentiable(mean, var, count)
-        shown = [mean.to(wide.dtype), var.to(wide.dtype)]
-        out = torch.batch_norm(input, weight, bias, *shown, False, 0.0, eps, torch.backends.cudnn.enabled)
+        out = F.batch_norm(input, mean.to(wide.dtype), var.to(wide.dtype), weight, bias, False, 0.0, eps)
         return out, mean, var, count
 
     @staticmethod

@@ -264,7 +264,8 @@ def _step(work: _Work, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[torc
         torch.manual_seed(torch.initial_seed() ^ draw(work.team.rank))
     if work.channels_last:
         inputs = inputs.contiguous(memory_format=torch.channels_last)
-    with norms_joined(work.team, share), torch.autocast(inputs.device.type, settings.autocast, enabled=settings.autocast is not None):
+    cast = torch.autocast(inputs.device.type, settings.autocast, enabled=settings.autocast is not None)
+    with norms_joined(work.team, share), cast:
         judge = None if settings.guide is None else settings.guide(inputs)
         scores = logits(work.forward(inputs))
     scores = scores if settings.autocast is None else scores.float()
