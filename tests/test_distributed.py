@@ -93,14 +93,15 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     assert all(torch.equal(both[0][name], both[1][name]) for name in both[0])
     for name, mine in tensors.items():
         case, theirs = name.split("/")[0], both[0][name]
-        allowed = {"score plain": 1e-6, "score normed": 1e-6, "half": 0.1}.get(case, 1e-3)  # Adam spreads rounding
+        allowed = {"score plain": 1e-6, "score normed": 1e-6, "half": 1e-2}.get(case, 1e-4)
         assert (mine.double() - theirs.double()).abs().max() <= allowed, name
     for report in told:
         assert json.dumps(report["figures"]) == json.dumps(told[0]["figures"])
     for case in together.CASES:
         for mine, theirs in zip(alone[case], told[0]["figures"][case], strict=True):
             losses = [abs(mine[key] - theirs[key]) for key in ("train_loss", "validation_loss")]
-            assert max(losses) <= (0.05 if case == "half" else 1e-5), (case, losses)
+            allowed = {"half": 5e-3}.get(case, 1e-5)  # bfloat16 rounds at 4e-3
+            assert max(losses) <= allowed, (case, losses)
     for key in ("plain plan", "normed plan"):
         assert alone[key] == told[0]["figures"][key]
     for report in told:
@@ -140,13 +141,14 @@ def test_a_run_on_two_machines_is_that_of_one_process(path: Path, two_nodes: tup
     alone = pipeline.run(recipe.load(path, [f"out={path.parent / 'alone'}"]))
     assert (alone / "plan.json").read_text() == (folder / "plan.json").read_text()
     ours, theirs = torch.tensor(epochs(alone)), torch.tensor(epochs(folder))
-    assert len(ours) == 6
+    assert len(ours) == 4
     assert (ours - theirs).abs().max() <= 1e-5
     assert {file.name for file in alone.iterdir()} == {file.name for file in folder.iterdir()}
     first = next(record.data for record in read(folder / "records.jsonl"))
     assert first["processes"] == 2
 
 
+@pytest.mark.slow
 def test_sigterm_stops_all_and_resume_ends_in_the_same_bits(path: Path, two_nodes: tuple[Path, str]) -> None:
     folder = path.parent / "stopped"
     words = ("-m", "secateur", "run", path, "--out", folder)

@@ -52,10 +52,11 @@ class Function(nn.Module):
 
 
 def normed() -> nn.Module:
-    """Every gradient matters: Adam would blow up the rounding of one that is zero but for rounding."""
+    """No bias before a batch norm: Adam would blow up the rounding of a gradient that is zero but for rounding."""
     return nn.Sequential(
-        nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(),
-        nn.BatchNorm2d(8, momentum=None), nn.Flatten(), nn.ReLU(), nn.BatchNorm1d(128, affine=False), nn.Linear(128, 10),
+        nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, groups=2, bias=False), nn.BatchNorm2d(8, momentum=None), nn.ReLU(), nn.Flatten(),
+        nn.Linear(128, 16, bias=False), nn.BatchNorm1d(16, affine=False), nn.ReLU(), nn.Linear(16, 10),
     )  # fmt: skip
 
 
@@ -67,7 +68,9 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Settings]] = {
     "blended": (normed, plan(mixup=0.4, ema=0.9, augment=AUGMENTATIONS["flip_resized_crop_light"], label_smoothing=0.1)),
     "shifted": (normed, plan(augment=AUGMENTATIONS["flip_crop_cutout"], channels_last=True)),
     "half": (normed, plan("sgd", epochs=1, autocast=torch.bfloat16)),
-    "one each": (normed, plan("sgd", batch_size=3, steps=9)),
+    "three": (normed, plan("sgd", batch_size=3, steps=9)),
+    "two": (normed, plan("sgd", batch_size=2, steps=9, mixup=0.4)),  # leaves the third of three processes without
+    "one": (plain, plan("sgd", batch_size=1, steps=9)),  # leaves the second process without an image
     "few steps": (plain, plan("rmsprop", steps=8)),
 }
 
