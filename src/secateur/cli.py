@@ -12,7 +12,9 @@ import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,6 +40,9 @@ Trust = Annotated[
 Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A .safetensors file that a run wrote.")]
 
 
+LATER = 2.0  # seconds before a process that is not the first of its run tells its error
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, handled like Ctrl-C."""
 
@@ -60,10 +65,10 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except KeyboardInterrupt as stop:
-            _fail(
-                f"interrupted. {' '.join(map(str, stop.args))}".strip(),
-                143 if isinstance(stop, Terminated) else 130,
-            )
+            code = 143 if isinstance(stop, Terminated) else 130
+            if os.environ.get("RANK", "0") != "0":
+                raise typer.Exit(code) from None
+            _fail(f"interrupted. {' '.join(map(str, stop.args))}".strip(), code)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at exit
             raise typer.Exit(141) from None
@@ -92,6 +97,11 @@ def _explained(error: Exception) -> str | None:
 
 
 def _fail(text: str, code: int) -> None:
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":  # one of several processes: what happens to all of them is told by the first
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(LATER)  # torchrun ends the others meanwhile
+        text = f"process {rank}: {text}"
     typer.echo(f"error: {text}", err=True)
     raise typer.Exit(code)
 
@@ -145,22 +155,27 @@ def run(
     from secateur.folder import RECORDS, REPORT, choose
     from secateur.pipeline import run as carry_out
     from secateur.recipe import load
+    from secateur.resolve import device
     from secateur.terminal import screen, summary
     from secateur.track.local import read
+    from secateur.train.devices import joined
 
     recipe = one_of(recipe, overrides or (), typer.prompt if sys.stdin.isatty() else None)
     chosen = load(recipe, [*(overrides or ()), *([f"out={json.dumps(str(out))}"] if out else ())])
-    folder = choose(chosen, resume)
-    try:
-        with screen() as shown:
-            carry_out(chosen, folder, resume=resume, screen=shown, shared=shared, source=source or recipe.parent)
-    except KeyboardInterrupt as stop:
-        again = ["--shared", str(shared)] if shared else []
-        words = shlex.join([str(recipe), *(overrides or ()), "--out", str(folder), *again, "--resume"])
-        told = f"Continue with: secateur run {words}"
-        raise type(stop)(told if folder.exists() else "Nothing was written.") from None
-    typer.echo(summary(read(folder / RECORDS)))
-    typer.echo(f"report: {folder / REPORT}")
+    with joined(device(chosen)) as team:
+        folder = Path(team.decided(lambda: str(choose(chosen, resume))))
+        try:
+            with screen() if team.lead else nullcontext() as shown:
+                carry_out(chosen, folder, resume=resume, screen=shown, shared=shared, source=source or recipe.parent)
+        except KeyboardInterrupt as stop:
+            again = ["--shared", str(shared)] if shared else []
+            words = shlex.join([str(recipe), *(overrides or ()), "--out", str(folder), *again, "--resume"])
+            start = "torchrun (options as before) -m secateur" if team.several else "secateur"
+            told = f"Continue with: {start} run {words}"
+            raise type(stop)(told if folder.exists() else "Nothing was written.") from None
+    if team.lead:
+        typer.echo(summary(read(folder / RECORDS)))
+        typer.echo(f"report: {folder / REPORT}")
 
 
 @app.command()

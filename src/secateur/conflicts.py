@@ -72,7 +72,7 @@ def _secrets(recipe: Recipe) -> dict[Path, str]:
 
 def _evidence(recipe: Recipe) -> dict[Path, str]:
     """Evidence from training needs training before every cut."""
-    if recipe.prune.criterion.evidence == "pass":
+    if not recipe.prune.criterion.rides:
         return {}
     recover, several = recipe.recover, recipe.prune.schedule.several
     idle = recover.name == "none" or (recover.steps is None and recover.epochs == 0)

@@ -116,9 +116,10 @@ class Erosion:
         proof, small = proved(self.graph, run.plan, joint=True)
         small.to(memory_format=torch.contiguous_format)
         path = run.folder / CHECKPOINTS / f"{event}_prunes.safetensors"
-        path.parent.mkdir(exist_ok=True)
         extra = {**passport(run.recipe, run.data), "prunes": len(self.history.removals)}
-        save(small, path, plan=run.plan, proof=proof, recipe=run.recipe.hash, extra=extra)
+        if run.team.lead:
+            path.parent.mkdir(exist_ok=True)
+            save(small, path, plan=run.plan, proof=proof, recipe=run.recipe.hash, extra=extra)
         quality = run.quality(small)
         left = counts.params(run.dense, run.plan.kept(run.dense))
         row = {"params": left, "achieved": dict(run.plan.achieved), "file": path.name, **figures(quality)}
@@ -127,6 +128,8 @@ class Erosion:
 
     def write_history(self) -> None:
         """Replace the history on the disk."""
+        if not self.run.team.lead:
+            return
         atomic_write(self.run.folder / HISTORY, self.history.to_json().encode())
 
 
@@ -136,7 +139,8 @@ def _restored(run: Run) -> History:
     path = run.folder / HISTORY
     if not gone:
         return History.of(run.dense)
-    found = History.from_json(path.read_text())
+    with run.team.copy_of(path) as copied:
+        found = History.from_json(copied.read_text())
     return replace(found, removals=found.removals[:gone])
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import json
 import platform
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ from secateur.stages import STAGES
 from secateur.track.git import revision
 from secateur.track.live import following
 from secateur.track.local import Log
+from secateur.train.devices import Team, joined
 from secateur.train.loop import Point
 from secateur.train.resume import State, read_state
 from secateur.types import Graph, Plan, RecipeError
@@ -56,42 +59,55 @@ def run(
     made.  ``shared`` is a folder of dense trainings that runs share (see ``sharing``), ``source`` the folder whose
     git revision is recorded (None: the working directory).  Raises the errors of the parts; what is on the disk
     then is a state that ``resume`` continues.
+
+    Under ``torchrun`` all processes call this alike: they divide every batch, the first one writes, and nothing is
+    shared with other runs.
     """
-    screen = screen or Screen()
-    track = recipe.track
-    with following(resolve.tracking(recipe), track.experiment, track.wait, screen.line) as news:
-        return _carry_out(recipe, folder, resume, screen, shared, revision(source or Path.cwd()), news)
+    with joined(resolve.device(recipe)) as team:
+        screen = screen if screen and team.lead else Screen()
+        chosen = Path(team.decided(lambda: str(folder or choose(recipe, resume))))
+        if team.decided(lambda: "complete" if resume and complete(chosen) else ""):
+            screen.line(f"{chosen} is complete; nothing to resume.")
+        else:
+            at, track = revision(source or Path.cwd()), recipe.track
+            follower = following(resolve.tracking(recipe), track.experiment, track.wait, screen.line)
+            with follower if team.lead else nullcontext(lambda folder: None) as news:
+                _carry_out(recipe, chosen, resume, screen, None if team.several else shared, team, at, news)
+        return chosen
 
 
 def _carry_out(
     recipe: Recipe,
-    folder: Path | None,
+    folder: Path,
     resume: bool,
     screen: Screen,
     shared: Path | None,
+    team: Team,
     at: dict[str, Any] | None,
     news: Callable[[Path], None],
-) -> Path:
+) -> None:
     """Carry out a run that is at git revision ``at``; ``news`` is called with its folder whenever a state was saved."""
     begin = time.perf_counter()
-    folder = folder or choose(recipe, resume)
-    if resume and complete(folder):
-        screen.line(f"{folder} is complete; nothing to resume.")
-        return folder
-    device = resolve.device(recipe)
+    team.same(recipe.hash + json.dumps(_versions()), "the recipe, or a version of torch or secateur,")
+    if team.several and recipe.prune.criterion.rides:
+        raise RecipeError("prune.criterion.evidence: training sees one process's images; take pass with several.")
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    data = resolve.dataset(recipe.data, recipe.seed).to(device)
-    dense = traced(resolve.model(recipe, data).to(device), data, recipe)
+    with team.first_here():  # which may download
+        data = resolve.dataset(recipe.data, recipe.seed).to(team.device)
+    dense = traced(resolve.model(recipe, data).to(team.device), data, recipe)
     given = resolve.given(recipe, dense)
     _check_early(recipe, dense, data)
-    saved = read_state(folder / STATE) if resume and (folder / STATE).exists() else None
-    folder.mkdir(parents=True, exist_ok=True)
-    write_recipe(recipe, folder)
-    log = Log(folder / RECORDS, saved.records if saved else 0)
-    run = Run(recipe, folder, data, dense, log, screen, whole(dense), shared=shared, given=given, news=news)
+    with team.copy_of(folder / STATE) as path:
+        saved = read_state(path) if resume and path.exists() else None
+    if team.lead:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_recipe(recipe, folder)
+    log = Log(folder / RECORDS, saved.records if saved else 0, mute=not team.lead)
+    run = Run(recipe, folder, data, dense, log, screen, whole(dense), shared=shared, team=team)
+    run.given, run.news = given, news
     screen.line(f"run folder: {folder}")
-    model = _restored(run, saved, at) if saved else _started(run, device, at)
+    model = _restored(run, saved, at) if saved else _started(run, at)
     point = saved.point if saved else Point()
     stages = plan_stages(len(run.targets), masks=recipe.prune.save_every is not None)
     for run.stage in range(saved.stage if saved else 0, len(stages)):
@@ -103,10 +119,13 @@ def _carry_out(
             run.save_state(run.stage + 1, model, point)
     finish(run, model)
     log.append("end", seconds=time.perf_counter() - begin, resumed=saved is not None)
-    for name in (STATE, REWIND, HELD):
+    for name in (STATE, REWIND, HELD) if team.lead else ():
         (folder / name).unlink(missing_ok=True)
     news(folder)
-    return folder
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("secateur", "torch", "numpy")}
 
 
 def plan_stages(cuts: int, masks: bool = False) -> list[tuple[str, int]]:
@@ -142,19 +161,19 @@ def _check_early(recipe: Recipe, dense: Graph, data: Dataset) -> None:
     allocate(recipe, graph, scores, recipe.budget)
 
 
-def _started(run: Run, device: torch.device, at: dict[str, Any] | None) -> nn.Module:
+def _started(run: Run, at: dict[str, Any] | None) -> nn.Module:
     """Write the first records of a run; return the dense model."""
     recipe, data, graph = run.recipe, run.data, run.dense
-    versions = {name: importlib.metadata.version(name) for name in ("secateur", "torch", "numpy")}
     run.log.append(
         "run",
         recipe=recipe.model_dump(mode="json"),
         hash=recipe.hash,
         revision=at,
-        device=describe(device),
+        device=describe(run.team.device),
+        processes=run.team.size,
         threads=torch.get_num_threads(),
         platform=platform.platform(),
-        versions={**versions, "python": platform.python_version()},
+        versions={**_versions(), "python": platform.python_version()},
     )
     sizes = {part: len(data.part(part)) for part in ("train", "validation", "test")}
     run.log.append("data", name=data.source.name, classes=data.classes, shape=data.shape, **sizes)
@@ -177,8 +196,8 @@ def _restored(run: Run, state: State, at: dict[str, Any] | None) -> nn.Module:
     run.log.append("resume", at=state.stage, revision=at)
     run.screen.line(f"resuming at stage {state.stage + 1} of {len(plan_stages(len(run.targets))) + 1}")
     if state.stage > 0:
-        device = run.data.source.images.device
-        run.dense = traced(load(run.folder / DENSE, model=run.dense.model).to(device), run.data, run.recipe)
+        with run.team.copy_of(run.folder / DENSE) as path:
+            run.dense = traced(load(path, model=run.dense.model).to(run.team.device), run.data, run.recipe)
     run.plan = Plan.from_json(state.plan) if state.plan else whole(run.dense)
     if state.stage == 1 and run.recipe.prune.save_every is not None:  # masks: all tensors have their dense shape
         model = copy.deepcopy(run.dense.model)

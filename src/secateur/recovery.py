@@ -81,7 +81,8 @@ def _rewound(run: Run, model: nn.Module, step: int, point: Point) -> Point:
     """Go back to the weights and the rate of an epoch of the dense training (Renda et al. 2020, arXiv 2003.02389)."""
     path = run.folder / REWIND
     try:
-        dense = load_file(path)
+        with run.team.copy_of(path) as here:
+            dense = load_file(here)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}, the weights to rewind to, cannot be read ({error}); start anew.") from error
     model.load_state_dict(cut_along(model, dense, _sliced(run)))
@@ -106,7 +107,7 @@ def mark(run: Run, model: nn.Module, point: Point) -> None:
     """Write the weights that the recipe rewinds to, when the dense training is there."""
     recover = run.recipe.recover
     wanted = {"rewind": Cursor(recover.rewind)}.get(recover.name)
-    if point.cursor == wanted:
+    if point.cursor == wanted and run.team.lead:
         plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors_of(model).items()}
         atomic_write(Path(run.folder / REWIND), save(plain))
 
@@ -116,17 +117,19 @@ def holds(run: Run, model: nn.Module, step: int, quality: Quality) -> bool:
     allowed = run.recipe.prune.stop_drop
     if allowed is None:
         return True
-    dense = next(record.data for record in read(run.log.path) if record.stage == "dense")
+    with run.team.copy_of(run.log.path) as here:
+        dense = next(record.data for record in read(here) if record.stage == "dense")
     if dense["top1"] - quality.top1 > allowed:
         return False
-    write_state(run.folder / HELD, State(step, run.log.count, Point(), tensors_of(model), run.plan.to_json()))
+    if run.team.lead:
+        write_state(run.folder / HELD, State(step, run.log.count, Point(), tensors_of(model), run.plan.to_json()))
     return True
 
 
 def back(run: Run, step: int) -> nn.Module:
     """Return the last model that held, or a copy of the dense one; the run's plan becomes that of it."""
-    path = run.folder / HELD
-    state = read_state(path) if path.exists() else State(0, 0, Point(), tensors_of(run.dense.model))
+    with run.team.copy_of(run.folder / HELD) as path:
+        state = read_state(path) if path.exists() else State(0, 0, Point(), tensors_of(run.dense.model))
     run.plan = Plan.from_json(state.plan) if state.plan else whole(run.dense)
     model = run.shrunk(state.model)
     run.log.append("stopped", step=step, back_to=state.stage, **figures(run.quality(model)))
@@ -148,7 +151,7 @@ def guided(run: Run, model: nn.Module, settings: Settings) -> Iterator[Settings]
         return
     options: dict[str, Any] = wanted.model_dump()
     guide: Guide
-    with taught(model, run.dense.model, run.example, **options) as guide:
+    with taught(model, run.dense.model, run.example, whole=run.team.whole, **options) as guide:
         yield replace(settings, guide=guide)
 
 

@@ -127,6 +127,11 @@ class Score(Section):
     worst: bool = False
     """turn the scores round, so that the most important units go first: a control"""
 
+    @property
+    def rides(self) -> bool:
+        """Whether the evidence is gathered while training."""
+        return self.evidence == "training"
+
 
 class Keep(Section):
     """The budget: exactly one of these fractions stays at the end."""

@@ -18,10 +18,11 @@ from secateur.folder import STATE
 from secateur.granularity import MASKED, SELECTED, masks, units
 from secateur.graph.groups import trace
 from secateur.measure import counts
-from secateur.measure.accuracy import Quality, evaluate
+from secateur.measure.accuracy import Quality
 from secateur.recipe import Recipe
 from secateur.track.local import Log
 from secateur.train.average import tensors_of
+from secateur.train.devices import ALONE, Team, quality
 from secateur.train.held import zero_
 from secateur.train.loop import Point
 from secateur.train.resume import State, write_state
@@ -44,7 +45,7 @@ class Run:
 
     ``plan`` is what was cut so far, as a plan of the dense graph; ``stopped`` says that no cut follows.
     ``shared`` is the folder of dense trainings that runs share, ``given`` the plan that the recipe names; ``news`` is
-    called when a state was saved.
+    called when a state was saved.  All processes of ``team`` go through the same stages; the first one alone writes.
     """
 
     recipe: Recipe
@@ -59,6 +60,7 @@ class Run:
     shared: Path | None = None
     news: Callable[[Path], None] = lambda folder: None
     given: Plan | None = None
+    team: Team = ALONE
 
     @property
     def example(self) -> torch.Tensor:
@@ -83,12 +85,14 @@ class Run:
 
     def quality(self, model: nn.Module, part: str = "validation") -> Quality:
         """Return loss and accuracy of ``model`` on a part of the data."""
-        return evaluate(model, self.data.batches(part, max(256, self.recipe.train.batch_size)))
+        return quality(model, self.data, part, max(256, self.recipe.train.batch_size), self.team)
 
     def save_state(self, stage: int, model: nn.Module, point: Point) -> None:
         """Replace the saved state."""
-        write_state(self.folder / STATE, State(stage, self.log.count, point, tensors_of(model), self.plan.to_json()))
-        self.news(self.folder)
+        if self.team.lead:
+            state = State(stage, self.log.count, point, tensors_of(model), self.plan.to_json())
+            write_state(self.folder / STATE, state)
+            self.news(self.folder)
 
     def shrunk(self, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
         """Return the model that ``plan`` makes of the dense one, with these weights."""

@@ -39,12 +39,18 @@ def passport(recipe: Recipe, data: Dataset) -> dict[str, Any]:
 
 
 def finish(run: Run, model: nn.Module) -> None:
-    """Measure, save and report.  This is the one place that reads the test set."""
+    """Measure, save and report.  This is the one place that reads the test set.
+
+    Several processes divide the images; then the first one goes on alone, so that nothing disturbs the latencies.
+    """
     for name, units, kept in run.plan.keep:
         run.screen.line(f"group {name}: {units - len(kept)} of {units} units removed ({1 - len(kept) / units:.1%})")
     run.screen.line("measuring ...")
     models = {"dense": run.dense.model, "pruned": model}
     found: dict[str, list[Measurement]] = {name: _measured(run, net) for name, net in models.items()}
+    run.team.dissolve()
+    if not run.team.lead:
+        return
     warnings = []
     for size in run.recipe.measure.batch_sizes:
         inputs, repeats = _inputs(run, size), run.recipe.measure.repeats

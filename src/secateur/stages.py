@@ -43,7 +43,8 @@ def train(run: Run, model: nn.Module, step: int, point: Point) -> Out:
             run.log.append("dense", **figures(run.quality(model)))
             if place is not None:
                 sharing.offer(run, place, model, end)
-    save(model, run.folder / DENSE, recipe=run.recipe.hash, extra=passport(run.recipe, run.data))
+    if run.team.lead:
+        save(model, run.folder / DENSE, recipe=run.recipe.hash, extra=passport(run.recipe, run.data))
     return model, end
 
 
@@ -67,14 +68,14 @@ def _fit(run: Run, model: nn.Module, step: int, point: Point) -> Point:
         recovery.guided(run, model, holding) if step else nullcontext(holding) as chosen,
     ):
         watched = replace(chosen, riding=_riding(run, model, step))
-        end = fit(model, run.data, watched, begin=point, watch=watch)
+        end = fit(model, run.data, watched, begin=point, watch=watch, team=run.team)
     return Point(optimizer=end.optimizer if run.recipe.recover.carry_optimizer else None, evidence=end.evidence)
 
 
 def _riding(run: Run, model: nn.Module, step: int) -> Riding | None:
     """Return what gathers the evidence for the cut that follows phase ``step``, where the recipe wants that."""
     chosen = resolve.criterion(run.recipe)
-    if run.recipe.prune.criterion.evidence == "pass" or step == len(run.targets) or not chosen.evidence & PER_SAMPLE:
+    if not run.recipe.prune.criterion.rides or step == len(run.targets) or not chosen.evidence & PER_SAMPLE:
         return None
     return Riding(run.dense if model is run.dense.model else traced(model, run.data, run.recipe), chosen)
 
@@ -134,8 +135,10 @@ def cut(run: Run, model: nn.Module, step: int, point: Point) -> Out:
 def _cut_record(run: Run, step: int, target: float, proof: Proof, quality: tuple[Any, Any], begin: float) -> None:
     """Write the plan of cut ``step`` and its record; ``quality`` holds the figures before and after it."""
     recipe, (before, after) = run.recipe, quality
-    (run.folder / "plans").mkdir(exist_ok=True)
-    atomic_write(run.folder / "plans" / f"step_{step}.json", run.plan.to_json().encode())
+    run.team.same(run.plan.to_json(), f"the plan of cut {step}")
+    if run.team.lead:
+        (run.folder / "plans").mkdir(exist_ok=True)
+        atomic_write(run.folder / "plans" / f"step_{step}.json", run.plan.to_json().encode())
     run.log.append(
         "cut",
         step=step,
@@ -190,7 +193,7 @@ def erode(run: Run, model: nn.Module, step: int, point: Point) -> Out:
     )
     try:
         with recovery.guided(run, erosion.model, settings) as chosen:
-            end = fit(erosion.model, run.data, chosen, begin=point, watch=watch)
+            end = fit(erosion.model, run.data, chosen, begin=point, watch=watch, team=run.team)
     finally:
         erosion.close()
     erosion.write_history()

@@ -1,6 +1,7 @@
 """Augmentation of whole batches on the device, each image by its own draw.
 
-All draws come from torch's global generator of the images' device, which the training loop seeds at each step.
+All draws come from torch's global generator of the images' device, which the training loop seeds at each step, and go
+through ``of_batch``, so that several processes that divide a batch draw what one would.
 Every function takes inputs of a model, (n, channels, height, width), plain or normalised: what is covered or lies
 outside becomes 0, which is black in plain and the mean in normalised inputs.
 """
@@ -13,12 +14,14 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from secateur.data.share import of_batch
+
 Augmentation = Callable[[torch.Tensor], torch.Tensor]
 
 
 def flip(images: torch.Tensor) -> torch.Tensor:
     """Mirror each image left to right with probability 1/2."""
-    chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+    chosen = of_batch(len(images), lambda n: torch.rand(n, 1, 1, 1, device=images.device) < 0.5)
     return torch.where(chosen, images.flip(-1), images)
 
 
@@ -31,7 +34,7 @@ def crop(images: torch.Tensor, pad: int = 4, mode: str = "reflect") -> torch.Ten
     pad = min(pad, height - 1, width - 1) if mode == "reflect" else pad
     padded = F.pad(images, (pad,) * 4, mode=mode)
     device = images.device
-    top, left = torch.randint(0, 2 * pad + 1, (2, n, 1), device=device)
+    top, left = of_batch(n, lambda n: torch.randint(0, 2 * pad + 1, (2, n, 1), device=device), axis=1)
     rows = (top + torch.arange(height, device=device)).view(n, 1, height, 1)
     columns = (left + torch.arange(width, device=device)).view(n, 1, 1, width)
     sample = torch.arange(n, device=device).view(n, 1, 1, 1)
@@ -57,7 +60,7 @@ def cutout(images: torch.Tensor, share: float = 0.5) -> torch.Tensor:
 
 def _span(n: int, size: int, side: int, device: torch.device) -> torch.Tensor:
     """Return bool (n, size): for each image ``side`` places in a row around a random one."""
-    start = torch.randint(0, size, (n, 1), device=device) - side // 2
+    start = of_batch(n, lambda n: torch.randint(0, size, (n, 1), device=device)) - side // 2
     place = torch.arange(size, device=device)
     return (place >= start) & (place < start + side)
 
@@ -70,10 +73,11 @@ def resized_crop(images: torch.Tensor, area: tuple[float, float] = (0.08, 1.0), 
     torchvision draws again up to ten times; the part starts between pixels, not at one.
     """
     n, device = len(images), images.device
-    share = torch.empty(n, device=device).uniform_(*area)
-    stretch = torch.empty(n, device=device).uniform_(-math.log(ratio), math.log(ratio)).exp()
+    share = of_batch(n, lambda n: torch.empty(n, device=device).uniform_(*area))
+    wide = math.log(ratio)
+    stretch = of_batch(n, lambda n: torch.empty(n, device=device).uniform_(-wide, wide)).exp()
     size = torch.stack([(share * stretch).sqrt(), (share / stretch).sqrt()], 1).clamp(max=1)
-    middle = (torch.rand(n, 2, device=device) * 2 - 1) * (1 - size)
+    middle = (of_batch(n, lambda n: torch.rand(n, 2, device=device)) * 2 - 1) * (1 - size)
     grid = torch.cat([torch.diag_embed(size), middle[:, :, None]], 2)
     places = F.affine_grid(grid.to(images.dtype), list(images.shape), align_corners=False)
     return F.grid_sample(images, places, mode="bilinear", padding_mode="border", align_corners=False)
@@ -86,9 +90,11 @@ def light(images: torch.Tensor, strength: float = 0.4) -> torch.Tensor:
     1 - ``strength`` .. 1 + ``strength`` and ``b`` in -``strength`` .. ``strength``: the same change of the picture
     for plain and for normalised inputs.  Values may leave the range of a byte.
     """
-    n = len(images)
+    n, device = len(images), images.device
     mean, deviation = images.mean((2, 3), keepdim=True), images.std((2, 3), correction=0, keepdim=True)
-    contrast, brightness = torch.empty(2, n, 1, 1, 1, device=images.device).uniform_(-strength, strength)
+    contrast, brightness = of_batch(
+        n, lambda n: torch.empty(2, n, 1, 1, 1, device=device).uniform_(-strength, strength), axis=1
+    )
     return images + contrast * (images - mean) + brightness * deviation
 
 

@@ -13,6 +13,7 @@ from itertools import chain
 import numpy as np
 from PIL import Image
 
+from secateur.data.memory import neighbours
 from secateur.types import DataError
 
 Encoded = str | bytes | None  # a file, the content of one, or nothing where a row is empty
@@ -127,8 +128,9 @@ def refuse(where: object, total: int, problems: Sequence[Problem], name: Callabl
 
 
 def cores() -> int:
-    """Return how many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return how many processors this process may use: its part of them."""
+    present = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, present // neighbours())
 
 
 def _reason(error: BaseException) -> str:

@@ -14,8 +14,16 @@ GROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 GROUP_USE = Path("/sys/fs/cgroup/memory.current")
 
 
+def neighbours() -> int:
+    """Return how many processes of one run share this machine (``torchrun`` says so), this one included."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def free_memory() -> int:
-    """Return the bytes that can be allocated without swapping, also inside a container with a limit."""
+    """Return the bytes that can be allocated without swapping, also inside a container with a limit.
+
+    Of several processes of one run on this machine, each gets its part.
+    """
     bounds = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     system = dict(line.split(":", 1) for line in _text(Path("/proc/meminfo")).splitlines() if ":" in line)
     if "MemAvailable" in system:
@@ -23,7 +31,7 @@ def free_memory() -> int:
     limit, use = _text(GROUP_LIMIT).strip(), _text(GROUP_USE).strip()
     if limit.isdigit() and use.isdigit():
         bounds.append(max(0, int(limit) - int(use)))
-    return min(bounds)
+    return min(bounds) // neighbours()
 
 
 def fits(count: int, shape: Sequence[int]) -> bool:

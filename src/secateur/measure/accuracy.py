@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -39,26 +39,34 @@ class Quality:
         return tuple(Measurement(f"{part} {a}", b, c, self.n, d, device, how) for a, b, c, d in rows)
 
 
-def evaluate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Quality:
+Rows = list[torch.Tensor]
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    gather: Callable[[Rows], Rows] = lambda rows: rows,
+) -> Quality:
     """Return the quality of ``model`` over ``batches`` of (inputs, integer labels).
 
     The model runs in eval mode without gradients; its mode, weights, buffers and the random state stay.
-    Raises ``MeasureError`` when there are no batches.
+    ``gather`` turns the rows of sums of these batches, one each, into those of all batches where other processes
+    have the rest.  Raises ``MeasureError`` when there are no batches.
     """
-    sums: torch.Tensor | None = None
-    n = classes = 0
+    rows: Rows = []
     with eval_mode(model), torch.no_grad():
         for inputs, labels in batches:
             scores = logits(model(inputs))
             losses = F.cross_entropy(scores.float(), labels, reduction="none").double()
             best = scores.topk(min(5, scores.shape[1]), dim=1).indices
             hits = best == labels[:, None]
-            row = torch.stack([losses.sum(), losses.square().sum(), hits[:, 0].sum(), hits.sum()])
-            sums = row if sums is None else sums + row
-            n, classes = n + len(labels), scores.shape[1]
-    if sums is None:
+            sums = [losses.sum(), losses.square().sum(), hits[:, 0].sum(), hits.sum()]
+            rows.append(torch.stack([*sums, *losses.new_tensor([len(labels), scores.shape[1]])]))
+    if not (rows := gather(rows)):
         raise MeasureError("accuracy needs at least one batch of (inputs, labels); got none.")
-    loss, squares, top1, top5 = (sums / n).tolist()
+    loss, squares, top1, top5, n, classes = sum(rows[1:], rows[0]).tolist()
+    n, classes = round(n), round(classes / len(rows))
+    loss, squares, top1, top5 = (value / n for value in (loss, squares, top1, top5))
     return Quality(loss, math.sqrt(max(0.0, squares - loss * loss)), top1, top5 if classes > 5 else None, n)
 
 

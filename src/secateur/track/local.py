@@ -16,14 +16,18 @@ LONGEST_HEAD = 100_000_000  # bytes; safetensors allows no more
 
 
 class Log:
-    """Appends records to ``path``; ``keep`` first drops all but that many (what came after a saved state)."""
+    """Appends records to ``path``; ``keep`` first drops all but that many (what came after a saved state).
 
-    def __init__(self, path: Path, keep: int = 0) -> None:
-        self.path = path
+    ``mute`` leaves the file alone and only counts.
+    """
+
+    def __init__(self, path: Path, keep: int = 0, *, mute: bool = False) -> None:
+        self.path, self.count, self.mute = path, keep, mute
+        if mute:
+            return
         lines = path.read_bytes().split(b"\n")[:keep] if path.exists() else []
         if len(lines) < keep:
             raise CheckpointError(f"{path} holds {len(lines)} records, the run's state needs {keep}; start it anew.")
-        self.count = keep
         if path.exists():
             with open(path, "rb+") as file:
                 file.truncate(sum(len(line) + 1 for line in lines))
@@ -31,10 +35,11 @@ class Log:
     def append(self, stage: str, **data: Any) -> Record:
         """Write one record: ``stage``, the time (seconds since 1970) and ``data`` (JSON values)."""
         record = Record(stage, finite(data), time.time())
-        with open(self.path, "ab") as file:
-            file.write(line(record))
-            file.flush()
-            os.fsync(file.fileno())
+        if not self.mute:
+            with open(self.path, "ab") as file:
+                file.write(line(record))
+                file.flush()
+                os.fsync(file.fileno())
         self.count += 1
         return record
 

@@ -25,12 +25,14 @@ def taught(
     temperature: float = 4.0,
     mix: float = 0.9,
     features: float = 0.0,
+    whole: Callable[[torch.Tensor], torch.Tensor] = lambda rows: rows,
 ) -> Iterator[Guide]:
     """Yield what turns the loss L of a step into (1 - mix) L + mix T^2 KL(teacher || student) + features S.
 
     KL is that of the class probabilities at ``temperature`` T, mean over the images (Hinton et al. 2015, arXiv
     1503.02531); S is ``similarity`` of the last hidden activations.  The teacher stays in eval mode meanwhile and gets
-    no gradients; both see the same (augmented, blended) images.  ``example``: inputs of the student.
+    no gradients; both see the same (augmented, blended) images.  ``example``: inputs of the student.  ``whole`` is
+    that of ``devices.Team`` where several processes divide the batch: S is about pairs of its images.
     """
     held: dict[str, torch.Tensor] = {}
     handles = []
@@ -45,7 +47,9 @@ def taught(
 
         def judge(scores: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
             loss = (1 - mix) * loss + mix * divergence(scores, answer, temperature)
-            return loss + features * similarity(held["student"], held["teacher"]) if features > 0 else loss
+            if features > 0:
+                loss = loss + features * similarity(*(whole(held[name].flatten(1)) for name in ("student", "teacher")))
+            return loss
 
         return judge
 

@@ -2,6 +2,7 @@
 
 Every random draw of a step (the order of the images, augmentation, dropout) is a function of (seed, epoch,
 step) alone, so that a run continued from a saved cursor is bit for bit the run that was never interrupted.
+Several processes divide each batch, and train what one would: see ``fit``.
 """
 
 from __future__ import annotations
@@ -20,8 +21,12 @@ from torch import nn
 
 from secateur.criteria.riding import Riding, Sums
 from secateur.data.dataset import Dataset
-from secateur.measure.accuracy import Quality, evaluate, logits
-from secateur.train.average import Average
+from secateur.data.share import held, holding
+from secateur.measure.accuracy import Quality, logits
+from secateur.train.average import Average, tensors_of
+from secateur.train.devices import ALONE, Team
+from secateur.train.devices import quality as quality_of
+from secateur.train.global_norm import norms_joined
 from secateur.train.layout import laid_out, like_weights
 from secateur.train.mixup import mixup
 from secateur.train.rates import Rate, constant
@@ -134,6 +139,7 @@ def fit(
     *,
     begin: Point | None = None,
     watch: Watch | None = None,
+    team: Team = ALONE,
 ) -> Point:
     """Train ``model`` in place from ``begin`` to the last epoch, and return the point reached.
 
@@ -141,10 +147,15 @@ def fit(
     and ``watch.save`` are called.  A last batch of one image is left out (batch norm can't take it).  With
     ``settings.ema`` the averaged weights are validated, and are those of the model at the end.
 
-    Raises ``TrainError`` when the loss is not finite.
+    All processes of ``team`` call this alike and end with the same weights.  ``settings.batch_size`` is that of the
+    batch which they divide: loss, gradients, batch norms, augmentation and mixup are those of the whole batch, and of
+    a last one that is smaller, so that only rounding tells the result from that of one process.  Dropout draws
+    differ.  ``watch`` is called in every process.
+
+    Raises ``TrainError`` when the loss is not finite, ``TeamError`` when another process ended.
     """
     point = begin or Point()
-    work = _Work(model, data, settings, point, watch or Watch())
+    work = _Work(model, data, settings, point, watch or Watch(), team)
     cursor = point.cursor
     devices = [data.source.images.device] if data.source.images.is_cuda else []
     with torch.random.fork_rng(devices), settings.riding or nullcontext():
@@ -165,8 +176,10 @@ def fit(
 class _Work:
     """What the steps of one ``fit`` share."""
 
-    def __init__(self, model: nn.Module, data: Dataset, settings: Settings, begin: Point, watch: Watch) -> None:
-        self.model, self.data, self.settings, self.watch = model, data, settings, watch
+    def __init__(
+        self, model: nn.Module, data: Dataset, settings: Settings, begin: Point, watch: Watch, team: Team
+    ) -> None:
+        self.model, self.data, self.settings, self.watch, self.team = model, data, settings, watch, team
         self.channels_last = settings.channels_last
         if self.channels_last is None:
             self.channels_last = laid_out(model, data.batch(data.train[:2])[0])
@@ -196,9 +209,11 @@ class _Work:
 
     def quality(self) -> Quality:
         """Return the figures of the validation set, with the averaged weights where there are any."""
-        batches = self.data.batches("validation", max(256, self.settings.batch_size))
+        # a buffer of the model's own may follow the rows of one process
+        self.team.copy_(tensors_of(self.model))
+        self.team.copy_({} if self.average is None else self.average.tensors)
         with nullcontext() if self.average is None else self.average.shown():
-            return evaluate(self.model, batches)
+            return quality_of(self.model, self.data, "validation", max(256, self.settings.batch_size), self.team)
 
 
 def _figures(cursor: Cursor, quality: Quality, optimizer: torch.optim.Optimizer, seconds: float) -> Epoch:
@@ -217,58 +232,74 @@ def _figures(cursor: Cursor, quality: Quality, optimizer: torch.optim.Optimizer,
 
 def _train_epoch(work: _Work, cursor: Cursor) -> Cursor:
     """Run the steps of one epoch from ``cursor`` on; return the cursor at its end."""
-    data, settings, optimizer, watch = work.data, work.settings, work.optimizer, work.watch
+    data, settings, optimizer, watch, team = work.data, work.settings, work.optimizer, work.watch, work.team
     batches = shuffled(data.train, settings.batch_size, draw(settings.seed, cursor.epoch))
     before = cursor.epoch * work.per_epoch
     batches = batches[: work.total - before]  # the last epoch may be cut short
     base = [group.setdefault("base_lr", group["lr"]) for group in optimizer.param_groups]
-    device = data.source.images.device
-    loss_sum = torch.tensor(cursor.loss, dtype=torch.float64, device=device)
-    hits = torch.tensor([cursor.hits, cursor.hits5], device=device)
+    loss_sum, hits = _sums(work, cursor)
+    shares = [team.share(len(batch)) for batch in batches]
+    parts = [batch[share.begin : share.end] for batch, share in zip(batches, shares, strict=True)]
     work.model.train()
-    for step, (inputs, labels) in enumerate(data.stream(batches[cursor.step :]), cursor.step):
+    for step, (inputs, labels) in enumerate(data.stream(parts[cursor.step :]), cursor.step):
         torch.manual_seed(draw(settings.seed, cursor.epoch, step))
         factor = settings.rate((before + step) / work.total)
         for group, rate in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = rate * factor
         if settings.riding is not None:
             settings.riding.start(len(labels) if before + step >= work.total - work.per_epoch else 0)
-        loss, right = _step(work, inputs, labels)
+        with holding(shares[step]):
+            loss, right = _step(work, inputs, labels)
         if work.average is not None:
             work.average.update(before + step)
         watch.stepped(before + step + 1)
-        loss_sum += loss * len(labels)
-        hits += right
-        cursor = replace(cursor, step=step + 1, seen=cursor.seen + len(labels))
+        if shares[step].real:
+            loss_sum += loss * len(labels)
+            hits += right
+        cursor = replace(cursor, step=step + 1, seen=cursor.seen + shares[step].total)
         if cursor.step % CHECK_EVERY == 0 or cursor.step == len(batches):
             if settings.riding is not None:
                 settings.riding.settle()
-            cursor = _looked(cursor, loss_sum, hits)
+            cursor = _looked(cursor, team.sum_(loss_sum), team.sum_(hits))
+            loss_sum, hits = _sums(work, cursor)
             watch.progress(before + cursor.step, work.total)
             if cursor.step < len(batches) and watch.due():
                 watch.save(work.point(cursor))
     return cursor
 
 
+def _sums(work: _Work, cursor: Cursor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sums of ``cursor`` as tensors on the device; zeros but in the first process."""
+    device, first = work.data.source.images.device, int(work.team.lead)
+    loss = torch.tensor(cursor.loss * first, dtype=torch.float64, device=device)
+    return loss, torch.tensor([cursor.hits, cursor.hits5], device=device) * first
+
+
 def _step(work: _Work, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Take one optimiser step; return the mean loss, and the right answers among the best 1 and 5 scores."""
     settings, optimizer, targets = work.settings, work.optimizer, labels
+    share = held(len(labels))
     if settings.augment is not None:
         inputs = settings.augment(inputs)
     if settings.mixup > 0:
-        inputs, targets = mixup(inputs, labels, len(work.data.classes), settings.mixup)
+        blend = mixup(work.team.whole(inputs), work.team.whole(labels), len(work.data.classes), settings.mixup)
+        inputs, targets = (whole[share.begin : share.end] for whole in blend)
+    if work.team.several:  # from here on the draws, of dropout, are each process's own
+        torch.manual_seed(torch.initial_seed() ^ draw(work.team.rank))
     if work.channels_last:
         inputs = inputs.contiguous(memory_format=torch.channels_last)
-    with torch.autocast(inputs.device.type, settings.autocast, enabled=settings.autocast is not None):
+    cast = torch.autocast(inputs.device.type, settings.autocast, enabled=settings.autocast is not None)
+    with norms_joined(work.team, share), cast:
         judge = None if settings.guide is None else settings.guide(inputs)
         scores = logits(work.forward(inputs))
     scores = scores if settings.autocast is None else scores.float()
     loss = F.cross_entropy(scores, targets, label_smoothing=settings.label_smoothing)
     loss = loss if judge is None else judge(scores, loss)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    (loss * share.weight if work.team.several else loss).backward()
     if settings.riding is not None:
         settings.riding.take()
+    work.team.add_gradients(work.model.parameters())
     if settings.clip_norm is not None:
         nn.utils.clip_grad_norm_(work.model.parameters(), settings.clip_norm)
     optimizer.step()
