@@ -154,6 +154,7 @@ def options(name: str) -> list[str]:
         "recalibrated": ["model={name: small_cnn}", "recover.recalibrate=3", "recover.epochs=1"],
         "every": ["prune.schedule={name: every, units: 3}", "prune.round_to=null", "recover.steps=9"],
         "bfloat16": ["train.precision=bfloat16", "train.channels_last=false"],
+        "evidence": ["prune.criterion={name: fisher, evidence: training}", "recover.steps=9"],
     }[name]
 
 
@@ -165,6 +166,7 @@ def options(name: str) -> list[str]:
         "bfloat16",
         "carried",
         "distil",
+        "evidence",
         "every",
         "recalibrated",
         "rewind",

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def conflicts(recipe: Recipe) -> dict[Path, str]:
     """Return path -> rule for each value of ``recipe`` that another value rules out."""
-    return _warmups(recipe) | _recoveries(recipe) | _schedules(recipe) | during.conflicts(recipe)
+    return _warmups(recipe) | _recoveries(recipe) | _schedules(recipe) | _evidence(recipe) | during.conflicts(recipe)
 
 
 def _warmups(recipe: Recipe) -> dict[Path, str]:
@@ -52,8 +52,30 @@ def _schedules(recipe: Recipe) -> dict[Path, str]:
             found["prune", "budget"] = "the schedule every counts units: give budget.units"
         if prune.round_to is not None:
             found["prune", "round_to"] = "the schedule every takes units one by one: set round_to to null"
+    if prune.normalise != "auto" and prune.allocation == "uniform":
+        found["prune", "normalise"] = "does nothing with allocation uniform, which compares no groups; leave it out"
     if recover.steps is not None and recover.name in ("none", "rewind"):
         found["recover", "steps"] = f"does nothing with {recover.name}; leave it out"
     if recover.steps is not None and recover.warmup > 0:
         found["recover", "warmup"] = "counts epochs; leave it out where recover.steps counts steps"
     return found
+
+
+def _evidence(recipe: Recipe) -> dict[Path, str]:
+    """Evidence from training needs training before every cut."""
+    if recipe.prune.criterion.evidence == "pass":
+        return {}
+    from secateur.criteria import REGISTRY
+    from secateur.criteria.evidence import STREAMED
+
+    wanted = recipe.prune.criterion
+    if REGISTRY[wanted.name](**wanted.args).evidence & STREAMED:
+        return {("prune", "criterion", "evidence"): f"{wanted.name} is gathered in a pass of its own: take pass"}
+    recover, several = recipe.recover, recipe.prune.schedule.several
+    idle = recover.name == "none" or (recover.steps is None and recover.epochs == 0)
+    why = "is gathered in the training before each cut: "
+    if recipe.train.epochs == 0:
+        return {("prune", "criterion", "evidence"): why + "set train.epochs, or take pass"}
+    if several and idle:
+        return {("prune", "criterion", "evidence"): why + "there is none between the cuts; take pass"}
+    return {}

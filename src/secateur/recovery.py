@@ -18,11 +18,12 @@ from secateur.compact import LINEAGE, Surgery, compact_optimizer, reshape
 from secateur.folder import HELD, REWIND
 from secateur.measure.accuracy import Quality
 from secateur.progressive import whole
-from secateur.session import Run, figures
+from secateur.session import Run, costs, figures
 from secateur.track.local import read
 from secateur.train.average import tensors_of
 from secateur.train.distil import taught
 from secateur.train.loop import Cursor, Guide, Point, Settings, draw, shuffled
+from secateur.train.precision import half_pays
 from secateur.train.restart import begin_anew, cut_along, recalibrate
 from secateur.train.resume import State, atomic_write, read_state, write_state
 from secateur.types import CheckpointError, Graph, Plan
@@ -31,7 +32,9 @@ from secateur.types import CheckpointError, Graph, Plan
 def settings(run: Run, step: int) -> Settings:
     """Return how to train in phase ``step`` (0: the dense model)."""
     left = dict(run.plan.achieved).get("macs", 1.0)
-    return resolve.training(run.recipe, step, last=step == len(run.targets), left=left)
+    macs = costs(run.dense)["macs"] * run.recipe.train.batch_size
+    half = half_pays(run.dense.model, run.example.device, macs)  # of the dense model: one precision for all phases
+    return resolve.training(run.recipe, step, last=step == len(run.targets), left=left, half=half)
 
 
 def begin(run: Run, model: nn.Module, step: int, point: Point) -> Point:

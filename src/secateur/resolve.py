@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from secateur.allocation import ALLOCATIONS, Allocation, Uniform
 from secateur.checkpoint import load
-from secateur.criteria import REGISTRY, Costed, Criterion, Worst
+from secateur.criteria import REGISTRY, Costed, Criterion, Normalised, Worst
 from secateur.data import Dataset, open_source, split
 from secateur.data.augment import AUGMENTATIONS
 from secateur.header import KEY
@@ -101,9 +103,16 @@ def criterion(recipe: Recipe) -> Criterion:
     wanted = recipe.prune.criterion
     draws = {"seed": recipe.seed} if wanted.name == "random" else {}
     chosen = REGISTRY[wanted.name](**{**draws, **wanted.args})
+    chosen = Normalised(chosen) if wanted.normalise else chosen
     cost = wanted.cost
     priced = Costed(chosen, macs=cost.macs, params=cost.params) if cost.macs or cost.params else chosen
     return Worst(priced) if wanted.worst else priced
+
+
+def allocation(recipe: Recipe) -> Allocation:
+    """Return how the recipe splits its budget over the groups."""
+    chosen, wanted = ALLOCATIONS[recipe.prune.allocation], recipe.prune.normalise
+    return chosen if isinstance(chosen, Uniform) or wanted == "auto" else replace(chosen, normalise=wanted)
 
 
 def targets(recipe: Recipe, total: int) -> tuple[float, ...]:
@@ -126,17 +135,17 @@ def _recovery_steps(recipe: Recipe) -> int | None:
     return {"none": None, "rewind": None}.get(recipe.recover.name, recipe.recover.steps)
 
 
-def precision(recipe: Recipe) -> torch.dtype | None:
-    """Return the type that training casts to, None for float32 throughout."""
-    gpu = device(recipe).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    half = torch.bfloat16
-    return {"auto": half if gpu else None, "float32": None, "bfloat16": half}[recipe.train.precision]
+def precision(recipe: Recipe, half: bool) -> torch.dtype | None:
+    """Return the type that training casts to, None for float32 throughout; ``half``: whether bfloat16 pays."""
+    auto = torch.bfloat16 if half else None
+    return {"auto": auto, "float32": None, "bfloat16": torch.bfloat16}[recipe.train.precision]
 
 
-def training(recipe: Recipe, phase: int, last: bool = False, left: float = 1.0) -> Settings:
+def training(recipe: Recipe, phase: int, last: bool = False, left: float = 1.0, half: bool = False) -> Settings:
     """Return how to train: ``phase`` 0 is the dense model, k the recovery after cut k (``last``: of all).
 
-    ``left`` is the fraction of the dense model's multiply-accumulates that the model still needs.
+    ``left`` is the fraction of the dense model's multiply-accumulates that the model still needs; ``half`` says
+    whether bfloat16 pays for it.
     """
     train, recover = recipe.train, recipe.recover
     epochs, rate, lr, warmup = train.epochs, train.rate, train.lr, train.warmup
@@ -155,7 +164,7 @@ def training(recipe: Recipe, phase: int, last: bool = False, left: float = 1.0) 
         draw(recipe.seed, phase),
         train.mixup,
         train.ema,
-        precision(recipe),
+        precision(recipe, half),
         {"auto": None, True: True, False: False}[train.channels_last],
         train.compile,
         steps=_recovery_steps(recipe) if phase and not last else None,

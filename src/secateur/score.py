@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from secateur.criteria.evidence import COSTS, DATA, SLICES, Criterion, Evidence, Slice, unit_slices
 from secateur.criteria.gather import REDUCTIONS, Loss, Pass, Rows, gather
+from secateur.criteria.riding import Sums
 from secateur.measure.counts import Counter
 from secateur.types import Graph, Group, PlanError, Scores
 
@@ -23,13 +24,15 @@ def score(
     loss: Loss | None = None,
     reduction: str = "mean",
     samples: int | None = None,
+    sums: Sums | None = None,
 ) -> Scores:
     """Return the scores of every prunable group.
 
     ``batches`` yields (inputs, targets), or anything that ``loss(model, batch)`` understands; ``loss``
     returns the scalar loss of the batch (``reduction`` says whether it is the ``mean`` or the ``sum``
     over its samples) or one loss per sample (n,).  Default: cross-entropy of ``model(inputs)`` against
-    ``targets``.  ``samples`` stops the pass after that many samples.  The pass runs in eval mode and
+    ``targets``.  ``samples`` stops the pass after that many samples.  ``sums`` that ``criteria.riding`` gathered for
+    this criterion during training stand for a pass.  The pass runs in eval mode and
     leaves parameters, buffers, ``.grad``, modes and random state as they were; float32 (samples, units)
     is held per name of evidence, of contributions only sums and maxima (units,).
 
@@ -42,7 +45,10 @@ def score(
     groups = [group for group in graph.groups if group.prunable]
     names = criterion.evidence
     rows: dict[str, Rows] = {}
-    if names & DATA:
+    gathered = sums is not None and bool(names & DATA)
+    if gathered and sums is not None and not sums.samples:
+        raise PlanError("sums holds no samples: no training step was watched.")
+    if names & DATA and not gathered:
         if batches is None:
             raise PlanError(f"{criterion!r} needs data; pass sc.score(graph, criterion, batches).")
         if reduction not in REDUCTIONS:
@@ -54,14 +60,16 @@ def score(
     values = {}
     for number, group in enumerate(graph.groups):
         parts = rows.get(group.name, {})
-        if not group.prunable or (names & DATA and not parts):
+        total = sums.values.get(group.name) if sums is not None and gathered else None
+        if not group.prunable or (names & DATA and not parts and total is None):
             continue  # frozen, or never seen in the pass
         found: dict[str, Any] = dict(_slices(group, names, tensors))
         found |= parts
         found |= {kind: torch.full((group.units,), saved[number]) for kind, saved in costs.items()}
         evidence = Evidence(group.name, torch.arange(group.units), **found)
         if criterion.applies(evidence):
-            values[group.name] = criterion(evidence)
+            mean = None if total is None or sums is None else total / sums.samples
+            values[group.name] = criterion(evidence) if mean is None else criterion.finish(mean, evidence)
     if not values:
         raise PlanError(f"{criterion!r} applies to none of the {len(groups)} prunable groups; see print(graph).")
     return Scores(graph, repr(criterion), values)

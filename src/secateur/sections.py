@@ -88,7 +88,7 @@ class Train(Section):
     ema: Share | None = None
     """validate and keep a moving average of the weights with this decay, 0.999 is usual (null: off)"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of products and convolutions while training; auto: bfloat16 on a GPU that has it, else float32"""
+    """of products and convolutions while training; auto: bfloat16 where the GPU or CPU has it and it pays"""
     channels_last: Literal["auto"] | bool = "auto"
     """lay images out pixel by pixel while training (NHWC); auto: for convolutions that run that way"""
     compile: bool = False
@@ -111,9 +111,13 @@ class Score(Section):
     """taylor, fisher, contribution, magnitude, bn_scale, random"""
     args: dict[str, JsonValue] = {}
     """arguments of the criterion, e.g. {form: elementwise} of taylor, {p: 1} of magnitude"""
+    evidence: Literal["pass", "training"] = "pass"
+    """where the gradients come from: a pass of its own before each cut, or the last epoch of training before it"""
     samples: Count = 1024
-    """training images that are shown to the criterion"""
+    """training images that are shown to the criterion in a pass"""
     batch_size: Count = 256
+    normalise: bool = False
+    """divide the scores of each group by their L2 norm, before the cost is taken off"""
     cost: Costs = Costs()
     """score - macs * share of MACs - params * share of parameters"""
     worst: bool = False
@@ -195,6 +199,8 @@ class Prune(Section):
     budget: Keep = Keep(units=0.5)
     allocation: Literal["uniform", "global", "isomorphic"] = "global"
     """how the budget is split over the groups"""
+    normalise: Literal["auto", "mean", "l2", "none"] = "auto"
+    """what scores are divided by before those of different groups are compared; auto: mean (none: of masks)"""
     schedule: When = When()
     round_to: Literal["auto"] | Count | None = "auto"
     """widths become multiples of this; auto: of 8 in groups that are wide enough; null: any width"""

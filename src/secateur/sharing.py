@@ -30,7 +30,9 @@ TOLD = ("epoch", "dense")  # the records of a dense training
 def training_hash(recipe: Recipe) -> str:
     """Return SHA-256 over all that decides about the dense training and what it leaves behind, 16 hex digits."""
     recover = recipe.recover
-    left = [recover.carry_optimizer, {"rewind": recover.rewind}.get(recover.name)]
+    left: list[object] = [recover.carry_optimizer, {"rewind": recover.rewind}.get(recover.name)]
+    if (chosen := recipe.prune.criterion).evidence == "training":
+        left.append([chosen.name, chosen.args])  # its sums are gathered on the way
     values = [recipe.model_dump(mode="json", exclude=LATER), left]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 

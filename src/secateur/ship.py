@@ -39,6 +39,8 @@ def passport(recipe: Recipe, data: Dataset) -> dict[str, Any]:
 
 def finish(run: Run, model: nn.Module) -> None:
     """Measure, save and report.  This is the one place that reads the test set."""
+    for name, units, kept in run.plan.keep:
+        run.screen.line(f"group {name}: {units - len(kept)} of {units} units removed ({1 - len(kept) / units:.1%})")
     run.screen.line("measuring ...")
     models = {"dense": run.dense.model, "pruned": model}
     found: dict[str, list[Measurement]] = {name: _measured(run, net) for name, net in models.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from glob import escape
 
 from torch import nn
@@ -14,6 +14,8 @@ from secateur.allocate import _matching as matching
 from secateur.allocate import allocate as choose
 from secateur.checkpoint import save
 from secateur.compact import compact
+from secateur.criteria.evidence import PER_SAMPLE
+from secateur.criteria.riding import Riding, Sums
 from secateur.folder import DENSE
 from secateur.graph.verify import check_compact, verify
 from secateur.mask import masked
@@ -82,8 +84,16 @@ def _fit(run: Run, model: nn.Module, step: int, point: Point) -> Point:
         lambda: time.monotonic() - saved > SAVE_EVERY,
     )
     with recovery.guided(run, model, settings) if step else nullcontext(settings) as chosen:
-        end = fit(model, run.data, chosen, begin=point, watch=watch)
-    return Point(optimizer=end.optimizer) if run.recipe.recover.carry_optimizer else Point()
+        end = fit(model, run.data, replace(chosen, riding=_riding(run, model, step)), begin=point, watch=watch)
+    return Point(optimizer=end.optimizer if run.recipe.recover.carry_optimizer else None, evidence=end.evidence)
+
+
+def _riding(run: Run, model: nn.Module, step: int) -> Riding | None:
+    """Return what gathers the evidence for the cut that follows phase ``step``, where the recipe wants that."""
+    chosen = resolve.criterion(run.recipe)
+    if run.recipe.prune.criterion.evidence == "pass" or step == len(run.targets) or not chosen.evidence & PER_SAMPLE:
+        return None
+    return Riding(run.dense if model is run.dense.model else traced(model, run.data), chosen)
 
 
 def cut(run: Run, model: nn.Module, step: int, point: Point) -> Out:
@@ -94,8 +104,9 @@ def cut(run: Run, model: nn.Module, step: int, point: Point) -> Out:
     before = run.quality(model)
     wanted = recipe.prune.criterion
     batches = (run.data.batch(part) for part in run.data.train[: wanted.samples].split(wanted.batch_size))
+    gathered = None if point.evidence is None else Sums.of(point.evidence)
     chosen = resolve.criterion(recipe)
-    scores = score(graph, chosen, batches) if prunable(graph) else Scores(graph, repr(chosen), {})
+    scores = score(graph, chosen, batches, sums=gathered) if prunable(graph) else Scores(graph, repr(chosen), {})
     budget = Budget(**{recipe.budget.kind: target})
     plan = allocate(recipe, run.dense, scores, relative(run.dense, run.plan, graph, budget))
     proof, made = _proved(graph, plan)
@@ -163,7 +174,7 @@ def allocate(recipe: Recipe, dense: Graph, scores: Scores, budget: Budget) -> Pl
     return choose(
         scores,
         budget,
-        prune.allocation,
+        resolve.allocation(recipe),
         round_to=prune.round_to,
         min_units=prune.min_units,
         exact_only=prune.exact_only,

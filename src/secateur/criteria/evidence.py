@@ -88,8 +88,20 @@ class Criterion:
         return True
 
     def __call__(self, evidence: Evidence) -> Tensor:
-        """Return the scores (U,) of the units of one group."""
-        raise NotImplementedError
+        """Return the scores (U,) of the units of one group.
+
+        Of criteria that read data: ``finish`` of the mean over the samples of ``each``, so that the samples may come
+        in any number of parts.
+        """
+        return self.finish(self.each(evidence).mean(0), evidence)
+
+    def each(self, evidence: Evidence) -> Tensor:
+        """Return what every sample says about every unit, (N, U) in float64."""
+        raise NotImplementedError(f"{type(self).__name__} says nothing about single samples.")
+
+    def finish(self, mean: Tensor, evidence: Evidence) -> Tensor:
+        """Return the scores (U,) from the ``mean`` (U,) of ``each``; ``evidence`` holds what is no sum over samples."""
+        return narrow(mean)
 
 
 def wide(values: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from secateur.criteria.evidence import Criterion, Evidence, narrow
+from secateur.criteria.evidence import Criterion, Evidence
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,6 @@ class Fisher(Criterion):
         """Names of the ``Evidence`` fields that this criterion reads."""
         return frozenset({"unit_grads"})
 
-    def __call__(self, evidence: Evidence) -> Tensor:
-        """Return the estimates (U,), in units of loss."""
-        return narrow(evidence.need("unit_grads").square().mean(0) / 2)
+    def each(self, evidence: Evidence) -> Tensor:
+        """Return s_n^2 / 2 (N, U), in units of loss."""
+        return evidence.need("unit_grads").square() / 2

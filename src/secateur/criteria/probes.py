@@ -44,7 +44,7 @@ class Probes:
         wanted: dict[str, dict[Key, None]] = defaultdict(dict)
         for group in groups:
             for site in group.sites:
-                wanted[site.module][_key(site)] = None
+                wanted[site.module][key_of(site)] = None
         for module, keys in wanted.items():
             for key in keys:
                 self._stack.enter_context(self._hook(model.get_submodule(module), key))
@@ -65,7 +65,7 @@ class Probes:
         """Return evidence ``name`` (n, units), summed over positions and sites; None if no site ran."""
         total = None
         for site in group.sites:
-            sums = self.sums.get((name, _key(site)))
+            sums = self.sums.get((name, key_of(site)))
             if sums is not None:
                 rows = sums[:, torch.as_tensor(site.index, device=sums.device)].sum(-1)
                 total = rows if total is None else total + rows
@@ -73,7 +73,7 @@ class Probes:
 
     def positions(self, group: Group) -> int:
         """Return the number of values per unit and sample, at the site that has most of them."""
-        counts = [self.entries[_key(site)] * site.index.shape[1] for site in group.sites]
+        counts = [self.entries[key_of(site)] * site.index.shape[1] for site in group.sites]
         return max([1, *counts])
 
     def _hook(self, module: nn.Module, key: Key) -> AbstractContextManager[Any]:
@@ -101,7 +101,7 @@ class Probes:
 
     def _reduce(self, key: Key, axis: int, a: Tensor, p: Tensor) -> None:
         for name in self.names:
-            values = _by_sample(REDUCE[name](a, p), axis, self.samples)
+            values = by_sample(REDUCE[name](a, p), axis, self.samples)
             sums = values.sum(2, dtype=torch.float32)
             if len(sums) != self.samples:  # the samples could not be told apart: each gets the mean
                 sums = (sums / self.samples).expand(self.samples, -1)
@@ -126,7 +126,7 @@ class _Probe(torch.autograd.Function):
         return grad, None, None, None
 
 
-def _by_sample(values: Tensor, axis: int, samples: int) -> Tensor:
+def by_sample(values: Tensor, axis: int, samples: int) -> Tensor:
     """Return ``values`` as (n, C, positions): C the unit axis, n the samples (or 1 if they can't be told
     apart).
 
@@ -145,5 +145,6 @@ def _by_sample(values: Tensor, axis: int, samples: int) -> Tensor:
     return flat.T.unsqueeze(0)
 
 
-def _key(site: Site) -> Key:
+def key_of(site: Site) -> Key:
+    """Return what a site is told by: module, argument, axis."""
     return site.module, site.arg, site.axis

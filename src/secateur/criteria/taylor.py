@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from secateur.criteria.evidence import Criterion, Evidence, narrow
+from secateur.criteria.evidence import Criterion, Evidence
 from secateur.types import PlanError
 
 FORMS = {"paper": "unit_grads", "elementwise": "unit_grads_abs"}
@@ -41,7 +41,6 @@ class Taylor(Criterion):
         """Names of the ``Evidence`` fields that this criterion reads."""
         return frozenset({FORMS[self.form]})
 
-    def __call__(self, evidence: Evidence) -> Tensor:
-        """Return the estimates (U,), in units of loss per position."""
-        sums = evidence.need(FORMS[self.form])
-        return narrow((sums.abs() / evidence.need("positions").unsqueeze(1)).mean(0))
+    def each(self, evidence: Evidence) -> Tensor:
+        """Return the estimate of every sample (N, U), in units of loss per position."""
+        return evidence.need(FORMS[self.form]).abs() / evidence.need("positions").unsqueeze(1)

@@ -26,6 +26,22 @@ class Wrapper(Criterion):
         """Where the inner criterion applies."""
         return self.inner.applies(evidence)
 
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """Return the changed scores (U,)."""
+        return self.change(self.inner(evidence), evidence)
+
+    def each(self, evidence: Evidence) -> Tensor:
+        """What the inner criterion says about every sample (N, U)."""
+        return self.inner.each(evidence)
+
+    def finish(self, mean: Tensor, evidence: Evidence) -> Tensor:
+        """Return the changed scores (U,) from the mean of ``each``."""
+        return self.change(self.inner.finish(mean, evidence), evidence)
+
+    def change(self, scores: Tensor, evidence: Evidence) -> Tensor:
+        """Return what becomes of the inner ``scores`` (U,)."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class Normalised(Wrapper):
@@ -38,9 +54,9 @@ class Normalised(Wrapper):
     frozenset({'unit_grads'})
     """
 
-    def __call__(self, evidence: Evidence) -> Tensor:
+    def change(self, scores: Tensor, evidence: Evidence) -> Tensor:
         """Return scores (U,) of L2 norm one (or zero)."""
-        return l2(self.inner(evidence))
+        return l2(scores)
 
 
 @dataclass(frozen=True)
@@ -70,9 +86,9 @@ class Costed(Wrapper):
         """What the inner criterion reads, and the costs."""
         return self.inner.evidence | {name for name in ("macs", "params") if getattr(self, name)}
 
-    def __call__(self, evidence: Evidence) -> Tensor:
+    def change(self, scores: Tensor, evidence: Evidence) -> Tensor:
         """Return the penalised scores (U,)."""
-        score = wide(self.inner(evidence))
+        score = wide(scores)
         for name in ("macs", "params"):
             weight = getattr(self, name)
             if weight:
@@ -89,9 +105,9 @@ class Worst(Wrapper):
     frozenset({'weights'})
     """
 
-    def __call__(self, evidence: Evidence) -> Tensor:
+    def change(self, scores: Tensor, evidence: Evidence) -> Tensor:
         """Return the negated scores (U,)."""
-        return -self.inner(evidence)
+        return -scores
 
 
 def smooth(scores: Scores, previous: Scores | None, decay: float = 0.9) -> Scores:

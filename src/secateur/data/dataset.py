@@ -111,9 +111,12 @@ class Dataset:
 
 def scaled(images: torch.Tensor, white: float, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
     """Return the input of byte images (n, channels, height, width): ``(images / white - mean) / std``."""
-    shift = torch.tensor(mean, device=images.device).view(-1, 1, 1)
-    width = torch.tensor(std, device=images.device).view(-1, 1, 1)
-    return (images.float() / white - shift) / width
+    inputs = images.float().div_(white)
+    if any(mean):
+        inputs.sub_(torch.tensor(mean, device=images.device).view(-1, 1, 1))
+    if any(width != 1 for width in std):
+        inputs.div_(torch.tensor(std, device=images.device).view(-1, 1, 1))
+    return inputs
 
 
 def split(

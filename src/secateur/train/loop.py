@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from secateur.criteria.riding import Riding, Sums
 from secateur.data.dataset import Dataset
 from secateur.measure.accuracy import Quality, evaluate, logits
 from secateur.train.average import Average
@@ -46,7 +47,7 @@ class Settings:
     in any case, as do loss and validation); ``channels_last`` lays images and 4-D weights out that way meanwhile
     (None: where ``layout.laid_out`` says so); ``compiled`` runs the training passes through ``torch.compile``.
     ``guide`` gets the inputs of a step and returns (scores, loss) -> loss.  ``steps``: so
-    many optimiser steps instead of ``epochs``.
+    many optimiser steps instead of ``epochs``.  ``riding`` collects evidence in as many last steps as an epoch has.
     """
 
     epochs: int
@@ -64,6 +65,7 @@ class Settings:
     compiled: bool = False
     guide: Guide | None = None
     steps: int | None = None
+    riding: Riding | None = None
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,15 @@ class Cursor:
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """Where training is and all it needs to go on but the model: cursor, optimiser state, averaged tensors."""
+    """Where training is and all it needs to go on but the model.
+
+    Cursor, optimiser state, averaged tensors, and the sums of the evidence that rides on the steps.
+    """
 
     cursor: Cursor = Cursor()
     optimizer: dict[str, Any] | None = None
     average: Mapping[str, torch.Tensor] | None = None
+    evidence: Mapping[str, torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,7 @@ def fit(
     work = _Work(model, data, settings, point, watch or Watch())
     cursor = point.cursor
     devices = [data.source.images.device] if data.source.images.is_cuda else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), settings.riding or nullcontext():
         while cursor.epoch * work.per_epoch < work.total:
             started = time.perf_counter()
             cursor = _train_epoch(work, cursor)
@@ -170,10 +176,18 @@ class _Work:
         self.per_epoch = len(shuffled(data.train, settings.batch_size, 0))
         self.total = settings.epochs * self.per_epoch if settings.steps is None else settings.steps
         self.average = None if settings.ema is None else Average(model, settings.ema, begin.average)
+        if settings.riding is not None:
+            settings.riding.sums = Sums.of(begin.evidence) if begin.evidence else Sums()
 
     def point(self, cursor: Cursor) -> Point:
         """Return the present point."""
-        return Point(cursor, self.optimizer.state_dict(), None if self.average is None else self.average.tensors)
+        riding, average = self.settings.riding, self.average
+        return Point(
+            cursor,
+            self.optimizer.state_dict(),
+            None if average is None else average.tensors,
+            None if riding is None else riding.sums.tensors(),
+        )
 
     def quality(self) -> Quality:
         """Return the figures of the validation set, with the averaged weights where there are any."""
@@ -212,6 +226,8 @@ def _train_epoch(work: _Work, cursor: Cursor) -> Cursor:
         factor = settings.rate((before + step) / work.total)
         for group, rate in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = rate * factor
+        if settings.riding is not None:
+            settings.riding.start(len(labels) if before + step >= work.total - work.per_epoch else 0)
         loss, right = _step(work, inputs, labels)
         if work.average is not None:
             work.average.update(before + step)
@@ -219,6 +235,8 @@ def _train_epoch(work: _Work, cursor: Cursor) -> Cursor:
         hits += right
         cursor = replace(cursor, step=step + 1, seen=cursor.seen + len(labels))
         if cursor.step % CHECK_EVERY == 0 or cursor.step == len(batches):
+            if settings.riding is not None:
+                settings.riding.settle()
             cursor = _looked(cursor, loss_sum, hits)
             watch.progress(before + cursor.step, work.total)
             if cursor.step < len(batches) and watch.due():
@@ -243,6 +261,8 @@ def _step(work: _Work, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[torc
     loss = loss if judge is None else judge(scores, loss)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    if settings.riding is not None:
+        settings.riding.take()
     if settings.clip_norm is not None:
         nn.utils.clip_grad_norm_(work.model.parameters(), settings.clip_norm)
     optimizer.step()

@@ -57,6 +57,7 @@ def write_state(path: Path, state: State) -> None:
     """Write ``state`` to ``path``."""
     tensors = {f"model.{name}": tensor for name, tensor in state.model.items()}
     tensors |= {f"average.{name}": tensor for name, tensor in (state.point.average or {}).items()}
+    tensors |= {f"evidence.{name}": tensor for name, tensor in (state.point.evidence or {}).items()}
     optimizer: dict[str, Any] | None = None
     if state.point.optimizer is not None:
         numbers: dict[str, dict[str, Any]] = {}
@@ -89,7 +90,8 @@ def read_state(path: Path) -> State:
             raise CheckpointError(f"{path} has state format {head['format']!r}, not {FORMAT}; start the run anew.")
         model, average = _named("model.", tensors), _named("average.", tensors)
         optimizer = _optimizer(head["optimizer"], tensors) if head["optimizer"] else None
-        point = Point(Cursor(**head["cursor"]), optimizer, average or None)
+        evidence = _named("evidence.", tensors)
+        point = Point(Cursor(**head["cursor"]), optimizer, average or None, evidence or None)
         return State(int(head["stage"]), int(head["records"]), point, model, head["plan"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is not a readable run state ({error}); start the run anew.") from error
