@@ -173,10 +173,10 @@ def test_sigterm_stops_all_and_resume_ends_in_the_same_bits(path: Path, two_node
 def test_processes_that_choose_other_plans_all_stop(path: Path, tmp_path: Path) -> None:
     script = tmp_path / "other.py"
     script.write_text(
-        "import os\nfrom secateur import Budget, cli, stages\nchoose = stages.choose\n"
+        "import os\nfrom secateur import Budget, cli, cutting\nchoose = cutting.choose\n"
         "def other(scores, budget, *args, **options):\n"
         "    return choose(scores, Budget(units=0.9) if os.environ['RANK'] == '1' else budget, *args, **options)\n"
-        "stages.choose = other\ncli.main()\n"
+        "cutting.choose = other\ncli.main()\n"
     )
     words = ("run", path, "train.epochs=1", "recover.name=finetune", "--out", tmp_path / "out")
     begin = time.monotonic()

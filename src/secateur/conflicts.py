@@ -74,6 +74,12 @@ def _evidence(recipe: Recipe) -> dict[Path, str]:
     """Evidence from training needs training before every cut."""
     if not recipe.prune.criterion.rides:
         return {}
+    from secateur.criteria import REGISTRY
+    from secateur.criteria.evidence import STREAMED
+
+    wanted = recipe.prune.criterion
+    if REGISTRY[wanted.name](**wanted.args).evidence & STREAMED:
+        return {("prune", "criterion", "evidence"): f"{wanted.name} is gathered in a pass of its own: take pass"}
     recover, several = recipe.recover, recipe.prune.schedule.several
     idle = recover.name == "none" or (recover.steps is None and recover.epochs == 0)
     why = "is gathered in the training before each cut: "

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur.criteria.evidence import COSTS, DATA, PER_SAMPLE, SLICES, Criterion, Evidence, Slice, unit_slices
+from secateur.criteria.evidence import COSTS, DATA, SLICES, Criterion, Evidence, Slice, unit_slices
 from secateur.criteria.gather import REDUCTIONS, Loss, Pass, Rows, gather
 from secateur.criteria.riding import Sums
 from secateur.granularity import MASKED, unit_shares
@@ -46,7 +46,7 @@ def score(
     groups = [group for group in graph.groups if group.prunable]
     names = criterion.evidence
     rows: dict[str, Rows] = {}
-    gathered = sums is not None and bool(names & PER_SAMPLE)
+    gathered = sums is not None and bool(names & DATA)
     if gathered and sums is not None and not sums.samples:
         raise PlanError("sums holds no samples: no training step was watched.")
     if names & DATA and not gathered:

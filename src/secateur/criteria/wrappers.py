@@ -105,9 +105,9 @@ class Worst(Wrapper):
     frozenset({'weights'})
     """
 
-    def __call__(self, evidence: Evidence) -> Tensor:
+    def change(self, scores: Tensor, evidence: Evidence) -> Tensor:
         """Return the negated scores (U,)."""
-        return -self.inner(evidence)
+        return -scores
 
 
 def smooth(scores: Scores, previous: Scores | None, decay: float = 0.9) -> Scores:
