@@ -213,7 +213,7 @@ def reshape(model: nn.Module, surgery: Surgery) -> nn.Module:
     tensors: dict[str, torch.Tensor] = {}
     for name, shape in surgery.shapes:
         old = dense.get(name)
-        if old is None or old.dim() != len(shape) or any(not 0 <= b <= a for a, b in zip(old.shape, shape, strict=True)):
+        if old is None or old.dim() != len(shape) or any(b < 0 or b > a for a, b in zip(old.shape, shape, strict=True)):
             found = "no such tensor" if old is None else f"shape {tuple(old.shape)}"
             raise CheckpointError(
                 f"the file cuts {name!r} to {shape}, this model has {found}; load it onto its own dense model."

@@ -51,7 +51,7 @@ class History:
         known, gone = dict(self.units), {name: set[int]() for name, _ in self.units}
         for r in self.removals:
             if not 0 <= r.unit < known.get(r.group, 0) or r.unit in gone[r.group]:
-                raise PlanError(f"event {r.event} of the history removes unit {r.unit} of {r.group!r}, which is not there.")
+                raise PlanError(f"event {r.event} of the history removes unit {r.unit} of {r.group!r}: not there.")
             gone[r.group].add(r.unit)
         rows = tuple(
             (g.name, known[g.name], tuple(k for k in range(known[g.name]) if k not in gone[g.name]))
