@@ -239,7 +239,7 @@ def nan_scores(graph: Graph) -> Scores:
         (lambda g: Global("sum"), "mean, l2, none"),
         (lambda g: allocate(random_scores(g), Budget(macs=0.5), round_to=0), "round_to"),
         (lambda g: allocate(random_scores(g), Budget(macs=0.5), round_to="8"), "round_to"),
-        (lambda g: allocate(random_scores(g), Budget(macs=0.5), min_units=0), "min_units"),
+        (lambda g: allocate(random_scores(g), Budget(macs=0.5), min_units=-1), "min_units"),
         (lambda g: allocate(random_scores(g), Budget(macs=0.5), keep={"conv1": 0}), "fraction in"),
         (lambda g: allocate(random_scores(g), Budget(macs=0.5), keep={"cnv1": 0.5}), "'cnv1' matches no"),
         (lambda g: allocate(random_scores(g), Budget(macs=0.5), freeze=("layer*",)), "matches no"),
