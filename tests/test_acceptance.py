@@ -1,4 +1,4 @@
-"""Acceptance checks by their numbers: criteria on examples that can be reckoned by hand, the Taylor pipeline, honesty."""
+"""Acceptance checks by their numbers: criteria on examples reckoned by hand, the Taylor pipeline, honesty."""
 
 from __future__ import annotations
 

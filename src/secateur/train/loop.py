@@ -222,7 +222,7 @@ def _train_epoch(work: _Work, cursor: Cursor) -> Cursor:
     hits = torch.tensor([cursor.hits, cursor.hits5], device=device)
     work.model.train()
     for step, (inputs, labels) in enumerate(data.stream(batches[cursor.step :]), cursor.step):
-        torch.manual_seed(draw(settings.seed, cursor.epoch, step))
+        _seed(draw(settings.seed, cursor.epoch, step), device)
         factor = settings.rate((before + step) / work.total)
         for group, rate in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = rate * factor
@@ -242,6 +242,13 @@ def _train_epoch(work: _Work, cursor: Cursor) -> Cursor:
             if cursor.step < len(batches) and watch.due():
                 watch.save(work.point(cursor))
     return cursor
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Seed what a step draws from; ``torch.manual_seed`` notes a stack trace for each kind of device not in use."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _step(work: _Work, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
