@@ -38,6 +38,7 @@ from secateur.train.loop import Cursor, Point, Watch, _train_epoch, _Work
 from secateur.train.precision import half_pays
 
 EVIDENCE: dict[str, Criterion] = {"fisher": Fisher(), "taylor": Taylor(), "taylor elementwise": Taylor("elementwise")}
+RATE = 1e-6  # the weights stay about where they are, so that every way does the same arithmetic
 CIFAR = transforms.Compose(
     [
         transforms.ToTensor(),
@@ -63,8 +64,8 @@ class Case:
     steps: int
 
 
-SGD = "{batch_size: 128, optimizer: sgd, lr: 0.01, weight_decay: 0.0005, epochs: 100000}"
-ADAM = "{batch_size: 32, optimizer: adam, lr: 0.0001, epochs: 100000}"
+SGD = f"{{batch_size: 128, optimizer: sgd, lr: {RATE}, weight_decay: 0.0005, epochs: 100000}}"
+ADAM = f"{{batch_size: 32, optimizer: adam, lr: {RATE}, epochs: 100000}}"
 CASES = {
     "wide_resnet": Case(
         {"depth": 16, "width": 2}, (3, 32, 32), f"train: {SGD}\ndata: {{augment: flip_crop}}", CIFAR, 4, 4
@@ -113,8 +114,8 @@ def theirs(name: str, data: Dataset, batch: int) -> Callable[[], None]:
     kept = {"persistent_workers": True} if case.workers else {}
     loader = torch.utils.data.DataLoader(pictures, batch, shuffle=True, num_workers=case.workers, **kept)
     make: dict[bool, Callable[[], torch.optim.Optimizer]] = {
-        True: lambda: torch.optim.Adam(model.parameters(), 1e-4),
-        False: lambda: torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=5e-4),
+        True: lambda: torch.optim.Adam(model.parameters(), RATE),
+        False: lambda: torch.optim.SGD(model.parameters(), RATE, momentum=0.9, weight_decay=5e-4),
     }
     optimizer, criterion = make[name == "s3"](), nn.CrossEntropyLoss()
 
