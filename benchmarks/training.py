@@ -4,7 +4,7 @@ Usage: python -m benchmarks.training [--rounds 9] [--threads N] [--only wide_res
 
 Theirs: eager float32, images of a torchvision-like dataset transformed one by one in a DataLoader (the S4 system:
 batch 128, reflected padding, crop, flip, 4 workers; S3: batch 32, no worker).  Ours: the loop of ``secateur run`` with
-its defaults, alone, with evidence for Fisher and for both forms of Taylor, and compiled.  Images are random bytes, since
+its defaults, alone, with evidence for Fisher and for both forms of Taylor, and compiled.  Images are random bytes:
 speed does not depend on them.  Times are wall clock; a round runs every way once, and ratios are taken within a round.
 """
 
