@@ -242,7 +242,7 @@ def _train_epoch(work: _Work, cursor: Cursor) -> Cursor:
     parts = [batch[share.begin : share.end] for batch, share in zip(batches, shares, strict=True)]
     work.model.train()
     for step, (inputs, labels) in enumerate(data.stream(parts[cursor.step :]), cursor.step):
-        torch.manual_seed(draw(settings.seed, cursor.epoch, step))
+        _seed(draw(settings.seed, cursor.epoch, step), data.source.images.device)
         factor = settings.rate((before + step) / work.total)
         for group, rate in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = rate * factor
@@ -273,6 +273,13 @@ def _sums(work: _Work, cursor: Cursor) -> tuple[torch.Tensor, torch.Tensor]:
     device, first = work.data.source.images.device, int(work.team.lead)
     loss = torch.tensor(cursor.loss * first, dtype=torch.float64, device=device)
     return loss, torch.tensor([cursor.hits, cursor.hits5], device=device) * first
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Seed what a step draws from; ``torch.manual_seed`` notes a stack trace for each kind of device not in use."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _step(work: _Work, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
