@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from secateur import resolve
+from secateur import recovery, resolve
 from secateur.checkpoint import save
 from secateur.criteria.evidence import PER_SAMPLE
 from secateur.cutting import allocate, proved
