@@ -19,6 +19,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+# Loaded before there is a group: defaults of its functions would hold that group for good, and its threads could then
+# abort the process as it ends (pytorch/pytorch#190489). Optimisers load it, too.
+import torch.distributed.nn
 from torch import nn
 
 from secateur.data import Dataset

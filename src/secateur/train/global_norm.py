@@ -92,7 +92,7 @@ class _Normed(torch.autograd.Function):
         count = counts.sum()
         mean = (counts * means).sum(0) / count
         var = (counts * (variances + (means - mean).square())).sum(0) / count
-        ctx.team = team
+        ctx.team, ctx.real = team, real
         ctx.save_for_backward(input, weight, mean, (var + eps).rsqrt(), count)
         ctx.mark_non_differentiable(mean, var, count)
         out = F.batch_norm(input, mean.to(wide.dtype), var.to(wide.dtype), weight, bias, False, 0.0, eps)
@@ -107,7 +107,7 @@ class _Normed(torch.autograd.Function):
         normal = (input.to(wide) - mean.to(wide).view(shape)) * scale.to(wide).view(shape)
         own = torch.stack([grad.sum(_axes(input)), (grad * normal).sum(_axes(input))])
         both = ctx.team.sum_(own.double()) / count
-        plain, along = both.to(wide)
+        plain, along = both.to(wide) * int(ctx.real)  # rows that count nothing have no part in the statistics
         factor = scale.to(wide) if weight is None else scale.to(wide) * weight.to(wide)
         back = (grad - plain.view(shape) - normal * along.view(shape)) * factor.view(shape)
         slope, shift = (None, None) if weight is None else (own[1].to(weight.dtype), own[0].to(weight.dtype))
