@@ -40,6 +40,7 @@ def view(records: Sequence[Record]) -> dict[str, Any]:
     return {
         "run": run,
         "recipe": run.get("recipe", {}),
+        "granularity": run.get("recipe", {}).get("prune", {}).get("granularity"),
         "data": _last(stages, "data"),
         "model": model,
         "when": datetime.fromtimestamp(records[0].time, UTC).strftime("%Y-%m-%d %H:%M UTC"),
