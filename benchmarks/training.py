@@ -34,6 +34,7 @@ from secateur.graph.groups import trace
 from secateur.models import MODELS
 from secateur.recipe import loads
 from secateur.session import costs
+from secateur.train.devices import ALONE
 from secateur.train.loop import Cursor, Point, Watch, _train_epoch, _Work
 from secateur.train.precision import half_pays
 
@@ -150,7 +151,7 @@ def ours(
         riding = Riding(trace(model, data.batch(data.train[:8])[0]), criterion)
         riding.__enter__()
         settings = replace(settings, riding=riding)
-    work = _Work(model, data, settings, Point(), Watch())
+    work = _Work(model, data, settings, Point(), Watch(), ALONE)
     epoch = 0
 
     def run() -> None:
