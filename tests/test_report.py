@@ -110,6 +110,15 @@ def test_the_page_says_what_was_cut_and_what_it_bought() -> None:
     assert page.count('line class="cut"') == 4
 
 
+def test_the_page_says_where_the_evidence_came_from() -> None:
+    rows = records()
+    assert "taylor, on 5 training images at most" in render(rows)
+    rows[0].data["recipe"]["prune"]["criterion"] |= {"evidence": "training", "worst": True}
+    page = render(rows)
+    assert "taylor, turned round (a control), gathered in the training before the cut" in page
+    assert "images at most" not in page
+
+
 def test_points_of_the_curves_stand_where_the_values_are() -> None:
     svg = chart("t", [Line("a", "train", [(0, 0.0), (10, 1.0)])], [Mark(5, "cut 1")])
     (x1, y1), (x2, y2) = (map(float, p.split(",")) for p in re.search(r'points="([^"]+)"', svg)[1].split())  # type: ignore[index]
