@@ -64,7 +64,7 @@ def kernel_masks(model: nn.Module, keep: float, shape: tuple[int, ...] = (2, 1, 
 
 
 @pytest.mark.parametrize("percent", [0.1, 0.3, 0.6])
-def test_the_masks_are_those_of_one_threshold_over_all_weights(percent: float) -> None:
+def test_acceptance_13_the_masks_are_those_of_one_threshold_over_all_weights(percent: float) -> None:
     """The reference procedure, written out: every weight carries the maximum of its kernel, one sorted list."""
     sizes = (7, 3, 1, 3, 1)
     model = nn.Sequential(*(nn.Conv2d(8, 8, k, padding=k // 2) for k in sizes), nn.Flatten(), nn.Linear(8 * 64, 3))
@@ -77,7 +77,7 @@ def test_the_masks_are_those_of_one_threshold_over_all_weights(percent: float) -
     assert differ <= 49  # one kernel; it prunes what equals the threshold too, ties here go by index
 
 
-def test_nothing_everything_and_units_against_weights() -> None:
+def test_acceptance_13_nothing_everything_and_units_against_weights() -> None:
     graph = units(sc.trace(vgg(), torch.rand(2, 1, 16, 16)), "kernel")
     scores = sc.score(graph, sc.criteria.Magnitude("inf"))
     assert sc.allocate(scores, Budget(params=1.0)).keep == ()
@@ -160,7 +160,7 @@ MADE: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_pruned_kernels_stay_exactly_zero_from_a_dense_state_on(name: str) -> None:
+def test_acceptance_12_pruned_kernels_stay_exactly_zero_from_a_dense_state_on(name: str) -> None:
     model = narrow()
     dense = MADE[name](model.parameters())
     train(model, dense, 10)
