@@ -32,6 +32,7 @@ from secateur.types import SecateurError
 
 # How long one process waits for another. Processes that end are noticed at once; this is for those that hang.
 PATIENCE = timedelta(minutes=30)
+JOINING = timedelta(minutes=5)  # how long the first process waits for the last one to start
 PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 CPU = torch.device("cpu")
 T = TypeVar("T", bound=torch.Tensor)
@@ -257,12 +258,7 @@ def joined(device: torch.device = CPU) -> Iterator[Team]:
         yield team
         return
     _loopback()
-    with _told():
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if team.device.type == "cuda" else "gloo",
-            timeout=PATIENCE,
-            device_id=team.device if team.device.type == "cuda" else None,
-        )
+    _join(team)
     try:
         team.same(team.device.type, "the kind of device")
         yield team
@@ -271,6 +267,32 @@ def joined(device: torch.device = CPU) -> Iterator[Team]:
             dist.destroy_process_group()
         raise
     team.dissolve()
+
+
+def _join(team: Team) -> None:
+    """Make the group; raises ``TeamError`` when a process does not come."""
+    with _told():
+        store, _, _ = next(dist.rendezvous("env://", timeout=JOINING))
+        store.set(f"secateur/{team.rank}", "here")
+    names = [f"secateur/{rank}" for rank in range(team.size)]
+    try:
+        store.wait(names, JOINING)
+    except RuntimeError as error:
+        came = [store.check([name]) for name in names]
+        raise TeamError(
+            f"{sum(came)} of {team.size} processes came within {JOINING}, process {came.index(False)} did not; see its "
+            "message, or start it."
+        ) from error
+    cuda = team.device.type == "cuda"
+    with _told():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            store=store,
+            rank=team.rank,
+            world_size=team.size,
+            timeout=PATIENCE,
+            device_id=team.device if cuda else None,
+        )
 
 
 def _own(device: torch.device, local: int) -> torch.device:
