@@ -52,7 +52,7 @@ def allocate(
     if isinstance(allocation, str) and allocation not in ALLOCATIONS:
         raise PlanError(f"allocate(allocation=...) is one of {', '.join(ALLOCATIONS)}; got {allocation!r}.")
     how = ALLOCATIONS[allocation] if isinstance(allocation, str) else allocation
-    fixed = {**_fractions(graph, keep or {}), **dict.fromkeys(_matching(graph, freeze), 1.0)}
+    fixed = {**_fractions(graph, keep or {}), **dict.fromkeys(matching(graph, freeze), 1.0)}
     ranked = {g.name: _checked(scores, g) for g in graph.groups if g.prunable and g.name in scores.values}
     least = [min_units if group.vanishes else max(1, min_units) for group in graph.groups]
     choices = [allowed(group.units, step[i], least[i]) for i, group in enumerate(graph.groups)]
@@ -74,7 +74,7 @@ def allocate(
     return _plan(scores, budget, widths, ranked, search)
 
 
-def _matching(graph: Graph, patterns: Sequence[str]) -> list[str]:
+def matching(graph: Graph, patterns: Sequence[str]) -> list[str]:
     """Return the names of the groups that match any pattern; each pattern must match one."""
     names = []
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
@@ -111,7 +111,7 @@ def _fractions(graph: Graph, keep: Mapping[str, float]) -> dict[str, float]:
     for pattern, fraction in keep.items():
         if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
             raise PlanError(f"allocate(keep={{{pattern!r}: ...}}) is a fraction in (0, 1]; got {fraction!r}.")
-        fixed.update(dict.fromkeys(_matching(graph, (pattern,)), float(fraction)))
+        fixed.update(dict.fromkeys(matching(graph, (pattern,)), float(fraction)))
     return fixed
 
 

@@ -7,8 +7,8 @@ from glob import escape
 from torch import nn
 
 from secateur import during, resolve
-from secateur.allocate import _matching as matching
 from secateur.allocate import allocate as choose
+from secateur.allocate import matching
 from secateur.compact import compact
 from secateur.graph.verify import check_compact, verify
 from secateur.mask import masked

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from secateur import resolve
-from secateur.allocate import _matching as matching
+from secateur.allocate import matching
 from secateur.checkpoint import load
 from secateur.criteria import Magnitude
 from secateur.criteria.evidence import DATA
@@ -104,8 +104,19 @@ def _carry_out(
         folder.mkdir(parents=True, exist_ok=True)
         write_recipe(recipe, folder)
     log = Log(folder / RECORDS, saved.records if saved else 0, mute=not team.lead)
-    run = Run(recipe, folder, data, dense, log, screen, whole(dense), shared=shared, team=team)
-    run.given, run.news = given, news
+    run = Run(
+        recipe,
+        folder,
+        data,
+        dense,
+        log,
+        screen,
+        whole(dense),
+        shared=shared,
+        news=news,
+        given=given,
+        team=team,
+    )
     screen.line(f"run folder: {folder}")
     model = _restored(run, saved, at) if saved else _started(run, at)
     point = saved.point if saved else Point()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from secateur.allocation import Allocation, Global, Isomorphic, Profile, Uniform, stretched
+from secateur.allocation import ALLOCATIONS, Allocation, Global, Isomorphic, Profile, stretched
 from secateur.checkpoint import load
 from secateur.criteria import REGISTRY, Costed, Criterion, Normalised, Worst
 from secateur.data import Dataset, open_source, split
@@ -145,12 +145,10 @@ def allocation(recipe: Recipe, dense: Graph) -> Allocation:
     prune = recipe.prune
     if prune.profile is not None:
         return Profile(_fractions(_shape("profile", prune.profile), dense))
-    makers: dict[str, Callable[[str | None], Allocation]] = {
-        "uniform": lambda word: Uniform(),
-        "global": Global,
-        "isomorphic": Isomorphic,
-    }
-    return makers[prune.allocation](None if prune.normalise == "auto" else prune.normalise)
+    chosen = ALLOCATIONS[prune.allocation]
+    if prune.normalise != "auto" and isinstance(chosen, Global | Isomorphic):
+        return replace(chosen, normalise=prune.normalise)
+    return chosen
 
 
 def _fractions(shape: History | Plan, dense: Graph) -> tuple[tuple[str, float], ...]:

@@ -18,9 +18,9 @@ from torch.nn.modules.conv import _ConvNd
 from secateur.criteria import ratios
 from secateur.criteria.convolve import recorded
 from secateur.criteria.evidence import STREAMED, wide
+from secateur.criteria.probes import Key, key_of
 from secateur.types import Graph, Group, Site
 
-Key = tuple[str, int, int]
 Peaks = Callable[[Tensor], Tensor]  # index (U, k) -> largest share (U,)
 
 
@@ -54,7 +54,7 @@ class Shares:
         self._sites: dict[Key, list[tuple[Group, Site]]] = {}
         for group in groups if self.names else ():
             for site in group.sites:
-                self._sites.setdefault(_key(site), []).append((group, site))
+                self._sites.setdefault(key_of(site), []).append((group, site))
         for key in self._sites:
             self._stack.enter_context(self._hook(graph.model.get_submodule(key[0]), key))
 
@@ -66,7 +66,7 @@ class Shares:
 
     def read(self, group: Group) -> dict[str, Tensor]:
         """Return evidence name -> values (U,) of ``group``; nothing if no consumer was seen."""
-        seen = [(self._seen[key], site) for site in group.sites if (key := _key(site)) in self._seen]
+        seen = [(self._seen[key], site) for site in group.sites if (key := key_of(site)) in self._seen]
         if not seen:
             return {}
         outputs = sum(one.outputs for one, _ in seen)
@@ -78,7 +78,7 @@ class Shares:
             ]
             found["contributions"] = torch.stack(means).sum(0) / outputs
         if "contribution_max" in self.names:
-            tops = [self._peaks[group.name, _key(site)] for _, site in seen]
+            tops = [self._peaks[group.name, key_of(site)] for _, site in seen]
             found["contribution_max"] = torch.stack(tops).amax(0)
         return found
 
@@ -138,7 +138,3 @@ class Shares:
             peak = wide(peaks(torch.as_tensor(site.index)))
             before = self._peaks.get((group.name, key))
             self._peaks[group.name, key] = peak if before is None else torch.maximum(before, peak)
-
-
-def _key(site: Site) -> Key:
-    return site.module, site.arg, site.axis
