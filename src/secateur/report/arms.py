@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from secateur.report.metrics import of_measured
 from secateur.types import Record, SecateurError
 
 DENSE, PRUNED, RANDOM, SCRATCH = "dense", "pruned", "random control", "from scratch"
@@ -90,7 +91,8 @@ def compared(
             f"there is no finished run to compare ({len(unfinished)} unfinished: {', '.join(unfinished) or 'none'}); "
             "give the folders of runs that went to their end."
         )
-    accuracy = f"{part} top1"
+    accuracy = f"{part} {of_measured({name for one in outcomes for name in one.units}, part).measured}"
+    outcomes, notes = _comparable(outcomes, accuracy, notes)
     arms = _arms(outcomes, accuracy)
     units = {name: unit for one in outcomes for name, unit in one.units.items()}
     masked = [name for name in ("unmasked params", "unmasked macs") if name in units]
@@ -98,6 +100,15 @@ def compared(
     fronts = {cost: front([_point(arm, accuracy, cost) for arm in arms]) for cost in costs}
     said = [*notes, *_warnings(outcomes, arms, unfinished)]
     return Comparison(arms, accuracy, costs, units, fronts, tuple(said), tuple(outcomes))
+
+
+def _comparable(
+    outcomes: Sequence[Outcome], accuracy: str, notes: Sequence[str]
+) -> tuple[Sequence[Outcome], Sequence[str]]:
+    """Return the runs that measured ``accuracy``, and notes that name the others: runs of another task."""
+    other = [one.folder for one in outcomes if accuracy not in one.pruned]
+    said = [*notes, f"Left out, without {accuracy}: {', '.join(other)}."] if other else notes
+    return [one for one in outcomes if accuracy in one.pruned], said
 
 
 def _batch(name: str) -> int:
