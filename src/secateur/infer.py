@@ -101,7 +101,7 @@ def _pixels(reader: Reader, path: Path, invert: bool) -> torch.Tensor:
 
 
 def evaluate(reader: Reader, part: str = "test", *, root: str | None = None) -> tuple[Quality, Dataset]:
-    """Return loss and accuracy (of an autoencoder the ELBO) on a part of the data that the model was made for, and that data.
+    """Return loss and accuracy, or the ELBO, on a part of the data that the model was made for, and that data.
 
     ``root`` is where the data is now, when it moved.
     """

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from secateur.graph.state import eval_mode
-from secateur.measure.elbo import INACTIVE, NOISE, Autoencoder, activity
+from secateur.measure.elbo import INACTIVE, NOISE, RECONSTRUCTION, activity, autoencoder
 from secateur.session import Run
 from secateur.train.resume import atomic_write
 
@@ -32,19 +32,19 @@ def show(run: Run, models: Mapping[str, nn.Module]) -> None:
     Records: ``picture`` (name, what its rows are, PNG in base64, size in pixels) and ``code`` (KL in nats of each unit
     of the code over validation images, numbered as in the dense model; None for a unit that went).
     """
-    coders = {name: model for name, model in models.items() if isinstance(model, Autoencoder)}
-    if not coders:
+    if run.task is not RECONSTRUCTION:
         return
     images = run.data.batch(run.data.validation[:SHOWN])[0]
     inputs = run.data.batch(run.data.validation[:LOOK])[0]
-    units = {name: _units(run, len(activity(models[name], images))) for name in coders}
+    units = {name: _units(run, len(activity(model, images))) for name, model in models.items()}
     codes = torch.randn(SAMPLES, len(units["dense"]), generator=torch.Generator().manual_seed(NOISE)).to(images)
     again, drawn, told = {"original": images}, {}, {}
-    for name, coder in coders.items():
-        with eval_mode(models[name]), torch.no_grad():
+    for name, model in models.items():
+        coder = autoencoder(model)
+        with eval_mode(model), torch.no_grad():
             again[name] = coder.decode(coder.encode(images)[0])
             drawn[name] = coder.decode(codes[:, units[name]])
-        told[name] = dict(zip(units[name], activity(models[name], inputs).tolist(), strict=True))
+        told[name] = dict(zip(units[name], activity(model, inputs).tolist(), strict=True))
     _write(run, "reconstructions", again)
     _write(run, "samples", drawn)
     rows = {name: [found.get(unit) for unit in units["dense"]] for name, found in told.items()}

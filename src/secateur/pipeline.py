@@ -28,8 +28,8 @@ from secateur.criteria.evidence import DATA
 from secateur.cutting import allocate
 from secateur.data import Dataset
 from secateur.folder import DENSE, HELD, RECORDS, REWIND, STATE, choose, complete, write_recipe
-from secateur.measure.task import task_of
 from secateur.measure.latency import describe
+from secateur.measure.task import task_of
 from secateur.progressive import whole
 from secateur.recipe import Recipe
 from secateur.score import score
@@ -160,7 +160,7 @@ def _check_early(recipe: Recipe, dense: Graph, data: Dataset) -> None:
             "model.args."
         )
     if problems := {"reconstruction": without_classes(recipe)}.get(task.name):
-        rows = [f"{'.'.join(path)}: {rule}" for path, rule in problems.items()]
+        rows = [f"{'.'.join(map(str, path))}: {rule}" for path, rule in problems.items()]
         raise RecipeError(f"model.name = {recipe.model.name!r} makes images: " + "; ".join(rows) + ".")
     wanted = resolve.criterion(recipe)
     graph = scored(recipe, dense)

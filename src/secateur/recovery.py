@@ -56,7 +56,9 @@ def begin(run: Run, model: nn.Module, step: int, point: Point) -> Point:
         norms = recalibrate(model, (data.batch(indices)[0] for indices in batches))
         quality = run.quality(model)
         run.log.append("recalibrated", step=step, norms=norms, batches=len(batches), **quality.figures())
-        run.screen.line(f"{norms} batch norms recalibrated on {len(batches)} batches: {run.task.told(quality.figures())}")
+        run.screen.line(
+            f"{norms} batch norms recalibrated on {len(batches)} batches: {run.task.told(quality.figures())}"
+        )
     return BEGINNINGS[recover.name](run, model, step, point)
 
 

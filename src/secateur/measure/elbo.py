@@ -101,7 +101,7 @@ class Reconstruction:
         One code is drawn for each image, by a generator of its own: the random state stays, and the same model has the
         same ELBO, whichever process sees the batch.
         """
-        both = _drawn(_autoencoder(model), batch[0], torch.Generator().manual_seed(NOISE + number)).double()
+        both = _drawn(autoencoder(model), batch[0], torch.Generator().manual_seed(NOISE + number)).double()
         values = torch.cat([both.sum(0, keepdim=True), both])
         sums = torch.cat([values.sum(1), values.square().sum(1)])
         return torch.cat([sums, sums.new_tensor([len(batch[0])])])
@@ -111,7 +111,7 @@ class Reconstruction:
         *sums, count = sum(rows[1:], rows[0]).tolist()
         means = [value / count for value in sums]
         loss, spent, kl = (math.sqrt(max(0.0, means[3 + k] - means[k] ** 2)) for k in range(3))
-        return Elbo(*means[:3], (loss, spent, kl), round(count))
+        return Elbo(means[0], means[1], means[2], (loss, spent, kl), round(count))
 
     def scoring(self, half: torch.dtype | None = None) -> Callable[[nn.Module, Any], torch.Tensor]:
         """Return -ELBO of each image of a batch (n,), with codes drawn by a fixed seed from batch to batch."""
@@ -119,7 +119,7 @@ class Reconstruction:
 
         def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
             with torch.autocast(batch[0].device.type, half, enabled=half is not None):
-                return _drawn(_autoencoder(model), batch[0], generator).sum(0)
+                return _drawn(autoencoder(model), batch[0], generator).sum(0)
 
         return loss
 
@@ -149,26 +149,32 @@ class Reconstruction:
             found = f"images {tuple(images.shape)} and kl {tuple(kl.shape)}"
             return f"of inputs {tuple(inputs.shape)} it returns {found}; they must be {tuple(inputs.shape)} and (n,)"
         low, high = float(images.min()), float(images.max())
-        return None if 0 <= low and high <= 1 else f"its images go from {low:.3g} to {high:.3g}; they must be in [0, 1]"
+        return None if low >= 0 and high <= 1 else f"its images go from {low:.3g} to {high:.3g}; they must be in [0, 1]"
 
 
 RECONSTRUCTION = Reconstruction()
 
 
 def pixels(images: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-    """Return the binary cross-entropy of each image (n,), summed over its pixels and channels, in nats."""
+    """Return the binary cross-entropy of each image (n,), summed over its pixels and channels, in nats.
+
+    A pixel that is not a number makes its image so, for whoever looks at the loss; torch would stop with an error.
+    """
     with torch.autocast(inputs.device.type, enabled=False):
-        return F.binary_cross_entropy(images.float(), inputs.float(), reduction="none").flatten(1).sum(1)
+        finite = images.float().nan_to_num(0.5)
+        losses = F.binary_cross_entropy(finite, inputs.float(), reduction="none").flatten(1).sum(1)
+    return losses + 0 * images.detach().float().flatten(1).sum(1)
 
 
 @torch.no_grad()
 def activity(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     """Return the KL of each unit of the code, mean over ``inputs``, (latent,) in nats."""
     with eval_mode(model):
-        return divergence(*_autoencoder(model).encode(inputs)).mean(0)
+        return divergence(*autoencoder(model).encode(inputs)).mean(0)
 
 
-def _autoencoder(model: Any) -> Autoencoder:
+def autoencoder(model: Any) -> Autoencoder:
+    """Return ``model`` as what it is."""
     return model
 
 

@@ -23,9 +23,9 @@ class Reconstruction(NamedTuple):
 class Pixels(nn.Sigmoid):
     """A sigmoid in float32 at least: in bfloat16 it is exactly 1 from 6.3 on, where the cross-entropy has no slope."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return values in [0, 1]."""
-        return super().forward(_wide(x))
+        return super().forward(_wide(input))
 
 
 class VAE(nn.Module):

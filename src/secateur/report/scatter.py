@@ -86,7 +86,9 @@ def _axes(box: Box, axis: str, logarithmic: bool, percent: bool) -> list[str]:
     for value in ticks(box.bottom, min(box.top, 1.0) if percent else box.top):
         y = box.y(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="end" x="{LEFT - 7}" y="{y + 4:.1f}">{_share(value) if percent else f"{value:.5g}"}</text>')
+        parts.append(
+            f'<text class="end" x="{LEFT - 7}" y="{y + 4:.1f}">{_share(value) if percent else f"{value:.5g}"}</text>'
+        )
     for value in _log_ticks(box.left, box.right) if logarithmic else ticks(box.left, box.right, 6):
         x = box.x(math.log10(value) if logarithmic else value)
         parts.append(f'<text class="middle" x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}">{short(value)}</text>')
