@@ -131,8 +131,8 @@ def test_the_training_loss_is_minus_the_elbo_of_the_code_that_was_drawn(trained:
     output = trained.train()(inputs)
     loss, parts = RECONSTRUCTION.learn(output, inputs, labels, labels, 0.0)
     want = F.binary_cross_entropy(output.images, inputs, reduction="sum") + output.kl.sum()
-    assert float(loss) == pytest.approx(float(want) / 5, rel=1e-6)
-    assert float(parts.sum()) == pytest.approx(float(want), rel=1e-6)
+    assert loss.item() == pytest.approx(want.item() / 5, rel=1e-6)
+    assert parts.sum().item() == pytest.approx(want.item(), rel=1e-6)
     assert parts[1] == pytest.approx(float(output.kl.detach().sum()), rel=1e-6)
     assert loss.requires_grad
     assert not parts.requires_grad
