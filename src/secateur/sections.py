@@ -234,7 +234,7 @@ class Prune(Section):
     freeze: Names = ()
     """group or module name patterns that stay whole"""
     stop_drop: Share | None = None
-    """stop when a recovered model lost more validation accuracy (or ELBO, as a fraction) than this, keep the one before"""
+    """stop when a recovered model lost more validation accuracy (ELBO: this fraction) than this, keep the one before"""
 
 
 class Distil(Section):
