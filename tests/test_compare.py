@@ -102,13 +102,14 @@ def test_labels_name_only_what_differs(tmp_path: Path) -> None:
     assert list(named(compare(paths))) == ["dense", "budget.units=0.5", "budget.macs=0.25"]
     paths.append(run(tmp_path / "c", 0.9, 500, "prune.budget={macs: 0.25}", "name=other", "train.lr=0.5"))
     assert list(named(compare(paths))) == [
-        "dense tiny, train.lr=0.001",
-        "dense other, train.lr=0.5",
+        "dense tiny",
+        "dense other",
         "tiny, budget.units=0.5, train.lr=0.001",
         "tiny, budget.macs=0.25, train.lr=0.001",
         "other, budget.macs=0.25, train.lr=0.5",
     ]
     assert [arm.label for arm in compare(paths[:1]).arms] == ["dense", "tiny"]
+    assert list(named(compare([paths[1], paths[2]]))) == ["dense tiny", "dense other", "tiny", "other"]  # names do
 
 
 def test_runs_of_one_seed_count_once(tmp_path: Path) -> None:

@@ -315,6 +315,10 @@ def sweep(
         list[str] | None,
         typer.Option("--grid", metavar="KEY=A,B,...", help="A key and its values, e.g. seed=0,1,2; repeatable."),
     ] = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option("--arm", metavar="'KEY=VALUE ...'", help="Values that belong together, in each point; repeatable."),
+    ] = None,
     jobs: Annotated[
         int | None,
         typer.Option(min=1, help="Runs at once; they share the processor's threads. [default: 1; with --ray, all]"),
@@ -343,7 +347,8 @@ def sweep(
     put = OnRay(ray, cpus, gpus) if ray else None
     try:
         with screen() as shown:
-            result = carry_out(recipe, grid or (), folder, overrides=overrides or (), jobs=jobs, screen=shown, ray=put)
+            values = {"overrides": overrides or (), "arms": arm or ()}
+            result = carry_out(recipe, grid or (), folder, **values, jobs=jobs, screen=shown, ray=put)
     except KeyboardInterrupt as stop:
         raise type(stop)(f"Finished cells are kept; the same command with --out {folder} continues.") from None
     if result.comparison:
