@@ -148,7 +148,9 @@ measure: {batch_sizes: [1], repeats: 2}
 """
 
 
-def test_a_run_gathers_anew_before_each_event_and_needs_no_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_gathers_anew_before_each_event_and_needs_no_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made: list[Riding | Streaming | None] = []
 
     def kept(*args: object) -> Riding | Streaming | None:

@@ -317,7 +317,9 @@ def sweep(
     ] = None,
     arm: Annotated[
         list[str] | None,
-        typer.Option("--arm", metavar="'KEY=VALUE ...'", help="Values that belong together, in each point; repeatable."),
+        typer.Option(
+            "--arm", metavar="'KEY=VALUE ...'", help="Values that belong together, in each point; repeatable."
+        ),
     ] = None,
     jobs: Annotated[
         int | None,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from secateur.report.course import Course, course
+from secateur.report.course import NEVER, Course, course
 from secateur.types import Record, SecateurError
 
 DENSE, WHOLE, PRUNED, RANDOM, SCRATCH = "dense", "not pruned", "pruned", "random control", "from scratch"
@@ -32,7 +32,7 @@ class Outcome:
     dense: Mapping[str, float]
     pruned: Mapping[str, float]
     units: Mapping[str, str]
-    course: Course = Course()
+    course: Course = NEVER
 
     @property
     def seed(self) -> tuple[Any, Any]:

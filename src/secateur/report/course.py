@@ -28,6 +28,9 @@ class Course:
     widths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
+NEVER = Course()  # not one epoch
+
+
 def course(records: Sequence[Record], anew: bool = False) -> Course:
     """Return the course of the run behind ``records``.
 

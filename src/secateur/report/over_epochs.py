@@ -6,12 +6,17 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from secateur.report.arms import DENSE, Arm, Comparison, Outcome, over_seeds
+from secateur.report.arms import DENSE, PRUNED, RANDOM, SCRATCH, WHOLE, Arm, Comparison, Outcome, over_seeds
 from secateur.report.course import Course
 from secateur.report.figures import Mark
 from secateur.report.strands import Dot, Scale, Strand, dashes, figure, steps
 
-COLOURS = 8  # of arms, in style.css
+COLOURS = {  # classes of style.css; the first of a role has its colour in the other figures
+    WHOLE: ("grey", "slate"),
+    PRUNED: ("blue", "green", "teal", "gold", "pink"),
+    RANDOM: ("orange", "brown"),
+    SCRATCH: ("purple", "violet"),
+}
 SHOWN = 8  # groups whose widths are drawn; the others are folded away
 SHARE = Scale(lambda value: f"{value * 100:.4g} %", 0.0, 1.0)
 SECONDS = Scale(lambda value: f"{value:.3g} s", 0.0, zero=True)
@@ -34,15 +39,12 @@ class OverEpochs:
 
 @dataclass(frozen=True)
 class _Runs:
-    """One arm with what its runs did: (seed, course) of each, and its number in the table."""
+    """One arm with what its runs did: (seed, course) of each, its number in the table and its colour."""
 
     arm: Arm
     number: int
     courses: tuple[tuple[object, Course], ...]
-
-    @property
-    def css(self) -> str:
-        return f"arm{(self.number - 1) % COLOURS + 1}"
+    css: str = ""
 
     @property
     def text(self) -> str:
@@ -61,7 +63,7 @@ def over_epochs(comparison: Comparison) -> OverEpochs | None:
         for place, arm in enumerate(comparison.arms, 1)
         if arm.role != DENSE
     ]
-    arms = [arm for arm in arms if any(course.epochs for _, course in arm.courses)]
+    arms = _coloured([arm for arm in arms if any(course.epochs for _, course in arm.courses)])
     if not arms:
         return None
     epochs = max(course.epochs for arm in arms for _, course in arm.courses)
@@ -81,9 +83,19 @@ def over_epochs(comparison: Comparison) -> OverEpochs | None:
     ]
     widths = {name: _widths(arms, name) for name in _cut(arms)}
     same = any(any(dashes([tuple(one.line) for one in lines])) for lines in widths.values())
-    rows = [drawn(name, lines, UNITS) for name, lines in widths.items()]
+    rows = [drawn(f"{name}: {lines[0].line[0][1]:g} units at first", lines, UNITS) for name, lines in widths.items()]
     legend = tuple((arm.number, arm.css, arm.arm.label) for arm in arms)
     return OverEpochs(legend, [row for row in figures if row[1]], rows[:SHOWN], rows[SHOWN:], same, bool(marks))
+
+
+def _coloured(arms: Sequence[_Runs]) -> list[_Runs]:
+    """Return the arms with colours: each role has its own, and dotted lines when they are used up."""
+    found: list[_Runs] = []
+    for arm in arms:
+        names = COLOURS[arm.arm.role]
+        lap, place = divmod(sum(one.arm.role == arm.arm.role for one in found), len(names))
+        found.append(replace(arm, css=names[place] + (" dotted" if lap else "")))
+    return found
 
 
 def _strands(
