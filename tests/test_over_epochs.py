@@ -176,6 +176,9 @@ def test_runs_without_an_epoch_or_with_other_numbers_of_epochs(tmp_path: Path) -
             assert values
             assert all(0 <= x <= max(WIDTH, HEIGHT) for x in values)
         assert "Over the epochs" in render(compare(paths))
+    alone, joined = drawn(once), drawn(never, once)  # of one arm: what never trained adds nothing
+    assert alone.figures[0] == joined.figures[0]
+    assert alone.widths == joined.widths
     assert '<circle class="arm blue"' in drawn(once).figures[0][1]  # a single point is seen
 
 

@@ -335,7 +335,7 @@ def sweep(
         Path | None, typer.Option("--out", metavar="DIR", help="Folder of the sweep. [default: runs/NAME-sweep]")
     ] = None,
 ) -> None:
-    """Run a recipe at every point of a grid, then compare; the same command again continues."""
+    """Run a recipe at every point of a grid, with each arm, then compare; the same command again continues."""
     from secateur.choice import chosen as one_of
     from secateur.compare import PAGE
     from secateur.recipe import load

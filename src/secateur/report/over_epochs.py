@@ -59,11 +59,13 @@ def over_epochs(comparison: Comparison) -> OverEpochs | None:
     """Return the figures of ``comparison``, None where no run was trained for an epoch."""
     known: dict[str, Outcome] = {one.folder: one for one in comparison.outcomes}
     arms = [
-        _Runs(arm, place, tuple((known[folder].seed, known[folder].course) for folder in arm.runs))
+        _Runs(
+            arm, place, tuple((one.seed, one.course) for one in map(known.__getitem__, arm.runs) if one.course.epochs)
+        )
         for place, arm in enumerate(comparison.arms, 1)
         if arm.role != DENSE
     ]
-    arms = _coloured([arm for arm in arms if any(course.epochs for _, course in arm.courses)])
+    arms = _coloured([arm for arm in arms if arm.courses])
     if not arms:
         return None
     epochs = max(course.epochs for arm in arms for _, course in arm.courses)
