@@ -152,6 +152,7 @@ def ours(
         riding.__enter__()
         settings = replace(settings, riding=riding)
     work = _Work(model, data, settings, Point(), Watch(), ALONE)
+    work.laid_out().__enter__()
     epoch = 0
 
     def run() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from secateur.measure.accuracy import evaluate
 from secateur.models import MODELS
 from secateur.train import loop, resume
 from secateur.train.average import Average
-from secateur.train.layout import laid_out, like_weights
+from secateur.train.layout import gradients_alike, laid_out, like_weights
 from secateur.train.loop import Epoch, Point, Settings, TrainError, Watch, draw, fit, shuffled
 from secateur.train.mixup import mixup
 from secateur.train.optimizers import OPTIMIZERS
@@ -179,6 +180,31 @@ def test_the_layout_changes_the_last_digits_at_most_and_is_put_back() -> None:
     plain, last, auto = (nn.utils.parameters_to_vector(m.parameters()) for m in models)
     assert torch.allclose(plain, last, atol=1e-4)
     assert torch.equal(last, auto)
+
+
+@pytest.mark.parametrize("end", [nn.Flatten(), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())])
+def test_gradients_come_back_in_the_order_of_the_values(end: nn.Module) -> None:
+    def gradient(held: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(0)
+        relu, seen = nn.ReLU(), []
+        model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), relu, end, nn.LazyLinear(3))
+        model(inputs)
+        model.to(memory_format=torch.channels_last)
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        with gradients_alike(model, inputs) if held else contextlib.nullcontext():
+            assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+            handle = relu.register_forward_hook(lambda module, args, out: (out.register_hook(seen.append), None)[1])
+            model(inputs.contiguous(memory_format=torch.channels_last)).square().sum().backward()
+        handle.remove()
+        assert not any(len(module._forward_hooks) for module in model.modules())
+        return seen[0], model[0].weight.grad
+
+    inputs = torch.rand(8, 1, 8, 8)
+    (value, weight), (plain, other) = gradient(True), gradient(False)
+    assert value.is_contiguous(memory_format=torch.channels_last)
+    assert not plain.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(value, plain)
+    assert torch.allclose(weight, other, rtol=1e-5)
 
 
 def test_auto_layout_asks_the_model() -> None:

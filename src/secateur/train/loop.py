@@ -11,7 +11,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +28,7 @@ from secateur.train.average import Average, tensors_of
 from secateur.train.devices import ALONE, Team
 from secateur.train.devices import quality as quality_of
 from secateur.train.global_norm import norms_joined
-from secateur.train.layout import laid_out, like_weights
+from secateur.train.layout import gradients_alike, laid_out, like_weights
 from secateur.train.mixup import mixup
 from secateur.train.rates import Rate, constant
 from secateur.types import SecateurError
@@ -159,7 +159,7 @@ def fit(
     work = _Work(model, data, settings, point, watch or Watch(), team)
     cursor = point.cursor
     devices = [data.source.images.device] if data.source.images.is_cuda else []
-    with torch.random.fork_rng(devices), settings.riding or nullcontext():
+    with torch.random.fork_rng(devices), settings.riding or nullcontext(), work.laid_out():
         while cursor.epoch * work.per_epoch < work.total:
             started = time.perf_counter()
             cursor = _train_epoch(work, cursor)
@@ -207,6 +207,11 @@ class _Work:
             None if average is None else average.tensors,
             None if riding is None else riding.sums.tensors(),
         )
+
+    def laid_out(self) -> AbstractContextManager[None]:
+        """Return what holds the gradients in the order of the values while the steps run."""
+        inputs = self.data.batch(self.data.train[:2])[0]
+        return gradients_alike(self.model, inputs) if self.channels_last else nullcontext()
 
     def quality(self) -> Quality:
         """Return the figures of the validation set, with the averaged weights where there are any."""
