@@ -17,6 +17,7 @@ from secateur.compare import compare, records, write
 from secateur.recipe import loads
 from secateur.report.arms import DENSE, PRUNED, RANDOM, SCRATCH, Arm, Comparison, front
 from secateur.report.compared import render, table
+from secateur.report.figures import CHARACTER, WIDTH
 from secateur.report.scatter import WIDE, Point, labels, scatter
 from secateur.types import CheckpointError, SecateurError
 from test_report import Closed
@@ -270,6 +271,15 @@ def test_wide_ranges_are_logarithmic() -> None:
     assert xs[1] == pytest.approx((xs[0] + xs[2]) / 2, abs=0.1)
     assert "cost, logarithmic" in svg
     assert "logarithmic" not in scatter("t", "cost", [Point(x, 0.5, 0, 0, 1, "p", "a") for x in (1, WIDE)], [], {})
+
+
+def test_the_legend_stays_in_the_figure() -> None:
+    names = dict.fromkeys("abcde", "from scratch, say") | {"front": "Pareto front"}
+    svg = scatter("t", "cost", [Point(1, 0.5, 0, 0, 1, "a", "x")], [], names)
+    words = re.findall(r'<text x="(\d+)" y="(\d+)">([^<]+)</text>', svg)
+    assert len(words) == 6
+    assert {y for _, y, _ in words} == {"13", "28"}
+    assert all(int(x) + CHARACTER * len(text) <= WIDTH for x, _, text in words)
 
 
 def test_extreme_points_give_a_figure() -> None:
