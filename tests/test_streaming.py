@@ -129,6 +129,7 @@ def test_a_stop_within_the_watched_epoch_resumes_bit_for_bit(monkeypatch: pytest
     end = fit(later.model, digits(), replace(settings(0.05, 2), riding=rider(later, BOTH, 2)), begin=point)
     sums = Sums.of(end.evidence or {})
     assert sums.samples == whole.samples
+    assert sums.streamed.keys() == whole.streamed.keys() == {g.name for g in graph.groups if g.prunable}
     for group, row in whole.streamed.items():
         assert all(torch.equal(values, sums.streamed[group][name]) for name, values in row.items()), group
 
