@@ -10,11 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from secateur.report import template
-from secateur.report.arms import DENSE, PRUNED, RANDOM, SCRATCH, Arm, Comparison, Value
+from secateur.report.arms import DENSE, PRUNED, RANDOM, SCRATCH, WHOLE, Arm, Comparison, Value
+from secateur.report.over_epochs import over_epochs
 from secateur.report.scatter import Point, scatter
 from secateur.report.view import NAMES, number
 
-CSS = {DENSE: "dense", PRUNED: "pruned", RANDOM: "random", SCRATCH: "scratch"}
+CSS = {DENSE: "dense", WHOLE: "whole", PRUNED: "pruned", RANDOM: "random", SCRATCH: "scratch"}
 FRONT = "*"
 
 
@@ -127,6 +128,7 @@ def render(comparison: Comparison) -> str:
         notes=comparison.notes,
         accuracy=words,
         runs=_runs(comparison),
+        over=over_epochs(comparison),
     )
 
 
