@@ -315,6 +315,12 @@ def sweep(
         list[str] | None,
         typer.Option("--grid", metavar="KEY=A,B,...", help="A key and its values, e.g. seed=0,1,2; repeatable."),
     ] = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--arm", metavar="'KEY=VALUE ...'", help="Values that belong together, in each point; repeatable."
+        ),
+    ] = None,
     jobs: Annotated[
         int | None,
         typer.Option(min=1, help="Runs at once; they share the processor's threads. [default: 1; with --ray, all]"),
@@ -329,7 +335,7 @@ def sweep(
         Path | None, typer.Option("--out", metavar="DIR", help="Folder of the sweep. [default: runs/NAME-sweep]")
     ] = None,
 ) -> None:
-    """Run a recipe at every point of a grid, then compare; the same command again continues."""
+    """Run a recipe at every point of a grid, with each arm, then compare; the same command again continues."""
     from secateur.choice import chosen as one_of
     from secateur.compare import PAGE
     from secateur.recipe import load
@@ -343,7 +349,8 @@ def sweep(
     put = OnRay(ray, cpus, gpus) if ray else None
     try:
         with screen() as shown:
-            result = carry_out(recipe, grid or (), folder, overrides=overrides or (), jobs=jobs, screen=shown, ray=put)
+            values = {"overrides": overrides or (), "arms": arm or ()}
+            result = carry_out(recipe, grid or (), folder, **values, jobs=jobs, screen=shown, ray=put)
     except KeyboardInterrupt as stop:
         raise type(stop)(f"Finished cells are kept; the same command with --out {folder} continues.") from None
     if result.comparison:

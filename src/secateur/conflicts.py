@@ -79,8 +79,9 @@ def _evidence(recipe: Recipe) -> dict[Path, str]:
     from secateur.criteria.evidence import STREAMED
 
     wanted = recipe.prune.criterion
-    if REGISTRY[wanted.name](**wanted.args).evidence & STREAMED:
-        return {("prune", "criterion", "evidence"): f"{wanted.name} is gathered in a pass of its own: take pass"}
+    streamed = REGISTRY[wanted.name](**wanted.args).evidence & STREAMED
+    if streamed and recipe.train.compile:
+        return {("prune", "criterion", "evidence"): f"{wanted.name} does not ride on compiled steps: take pass"}
     recover, several = recipe.recover, recipe.prune.schedule.several
     idle = recover.name == "none" or (recover.steps is None and recover.epochs == 0)
     why = "is gathered in the training before each cut: "

@@ -12,8 +12,9 @@ from torch import nn
 
 from secateur import recovery, resolve, sharing
 from secateur.checkpoint import save
-from secateur.criteria.evidence import PER_SAMPLE
+from secateur.criteria.evidence import DATA
 from secateur.criteria.riding import Riding, Sums
+from secateur.criteria.streaming import Streaming, rider
 from secateur.cutting import allocate, proved
 from secateur.erode import Erosion
 from secateur.folder import DENSE
@@ -72,12 +73,13 @@ def _fit(run: Run, model: nn.Module, step: int, point: Point) -> Point:
     return Point(optimizer=end.optimizer if run.recipe.recover.carry_optimizer else None, evidence=end.evidence)
 
 
-def _riding(run: Run, model: nn.Module, step: int) -> Riding | None:
+def _riding(run: Run, model: nn.Module, step: int) -> Riding | Streaming | None:
     """Return what gathers the evidence for the cut that follows phase ``step``, where the recipe wants that."""
-    chosen = resolve.criterion(run.recipe)
-    if not run.recipe.prune.criterion.rides or step == len(run.targets) or not chosen.evidence & PER_SAMPLE:
+    chosen, wanted = resolve.criterion(run.recipe), run.recipe.prune.criterion
+    if not wanted.rides or step == len(run.targets) or not chosen.evidence & DATA:
         return None
-    return Riding(run.dense if model is run.dense.model else traced(model, run.data, run.recipe), chosen)
+    graph = run.dense if model is run.dense.model else traced(model, run.data, run.recipe)
+    return rider(graph, chosen, wanted.every)
 
 
 def _watch(

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur.criteria.evidence import BACKWARD, PER_SAMPLE, Criterion, Evidence, unit_slices
+from secateur.criteria.evidence import BACKWARD, PER_SAMPLE, STREAMED, Criterion, Evidence, unit_slices
 from secateur.criteria.gather import unwatched
 from secateur.criteria.probes import REDUCE, Key, by_sample, key_of
 from secateur.graph.state import eval_mode, state_kept
@@ -31,20 +31,29 @@ Slot = tuple[str, Key]
 
 @dataclass(eq=False)
 class Sums:
-    """What is kept: per group the sum over ``samples`` of the values whose mean is the score, (units,) in float64."""
+    """What is kept: per group the sum over ``samples`` of the values whose mean is the score, (units,) in float64.
+
+    ``streamed`` holds, per group, evidence that is no sum over samples under its name (see ``streaming``).
+    """
 
     samples: int = 0
     values: dict[str, Tensor] = field(default_factory=dict)
+    streamed: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the sums as tensors for a file."""
-        return {"samples": torch.tensor(self.samples), **{f"group.{k}": v for k, v in self.values.items()}}
+        streamed = {f"{name}.{group}": v for group, row in self.streamed.items() for name, v in row.items()}
+        return {"samples": torch.tensor(self.samples), **{f"group.{k}": v for k, v in self.values.items()}, **streamed}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Sums:
         """Return the sums that ``tensors()`` wrote."""
         groups = {k.removeprefix("group."): v for k, v in tensors.items() if k.startswith("group.")}
-        return cls(int(tensors["samples"]), groups)
+        streamed: dict[str, dict[str, Tensor]] = {}
+        for name, group, tensor in ((*key.split(".", 1), value) for key, value in tensors.items() if "." in key):
+            if name in STREAMED:
+                streamed.setdefault(group, {})[name] = tensor
+        return cls(int(tensors["samples"]), groups, streamed)
 
 
 class Riding:

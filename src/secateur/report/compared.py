@@ -10,12 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 from secateur.report import template
-from secateur.report.arms import DENSE, PRUNED, RANDOM, SCRATCH, Arm, Comparison, Value
+from secateur.report.arms import DENSE, PRUNED, RANDOM, SCRATCH, WHOLE, Arm, Comparison, Value
 from secateur.report.metrics import TASKS
+from secateur.report.over_epochs import over_epochs
 from secateur.report.scatter import Point, scatter
 from secateur.report.view import NAMES, number
 
-CSS = {DENSE: "dense", PRUNED: "pruned", RANDOM: "random", SCRATCH: "scratch"}
+CSS = {DENSE: "dense", WHOLE: "whole", PRUNED: "pruned", RANDOM: "random", SCRATCH: "scratch"}
 FRONT = "*"
 JUDGED = tuple(metric.measured for metric in TASKS.values())
 
@@ -134,6 +135,7 @@ def render(comparison: Comparison) -> str:
         accuracy=words,
         gain="points" if units[accuracy] == "fraction" else units[accuracy],
         runs=_runs(comparison),
+        over=over_epochs(comparison),
     )
 
 

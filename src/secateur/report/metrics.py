@@ -29,6 +29,13 @@ class Metric:
     figure: str
     words: str
     curves: tuple[Curve, ...]
+    over: tuple[str, str]  # its name, and its key in the records of epochs
+    sign: int = 1  # of the measured value, of what the records of epochs and cuts hold
+
+    def told(self, figures: Mapping[str, Any], key: str) -> float | None:
+        """Return the value under ``key`` of a record, higher being better."""
+        value = figures.get(key)
+        return None if value is None else self.sign * value
 
     def text(self, figures: Mapping[str, Any]) -> str:
         """Return the figure of a record of a cut for the reader.
@@ -41,7 +48,15 @@ class Metric:
 
 
 ACCURACY = Metric(
-    "top1", "fraction", "top1", "accuracy", (Curve("Loss", "loss", "loss"), Curve("Accuracy", "accuracy", "top1", True))
+    "top1",
+    "fraction",
+    "top1",
+    "accuracy",
+    (
+        Curve("Loss", "loss", "loss"),
+        Curve("Accuracy", "accuracy", "top1", True),
+    ),
+    ("accuracy", "accuracy"),
 )
 ELBO = Metric(
     "elbo",
@@ -53,6 +68,8 @@ ELBO = Metric(
         Curve("Reconstruction (nats per image)", "reconstruction", "reconstruction"),
         Curve("KL of the code (nats per image)", "kl", "kl"),
     ),
+    ("ELBO", "loss"),
+    -1,
 )
 TASKS = {"classification": ACCURACY, "reconstruction": ELBO}
 
@@ -60,6 +77,11 @@ TASKS = {"classification": ACCURACY, "reconstruction": ELBO}
 def of_task(model: Mapping[str, Any]) -> Metric:
     """Return the metric of a run from its record of the model; runs of before there were tasks classify."""
     return TASKS[model.get("task", "classification")]
+
+
+def named(measured: str) -> Metric:
+    """Return the metric of a measurement such as "test elbo"."""
+    return next(metric for metric in TASKS.values() if measured.endswith(f" {metric.measured}"))
 
 
 def of_measured(names: Collection[str], part: str) -> Metric:

@@ -185,10 +185,14 @@ def _overlap(one: Area, two: Area) -> float:
 
 
 def _legend(names: Mapping[str, str]) -> list[str]:
-    parts, at = [], float(LEFT)
+    """Return marks and names, in a second row where the first is full."""
+    parts, at, y = [], float(LEFT), 9
     for css, name in names.items():
-        mark = f'<line class="front" x1="{at:.0f}" x2="{at + 16:.0f}" y1="9" y2="9"/>'
-        dot = f'<circle class="{css}" cx="{at + 8:.0f}" cy="9" r="4.2"/>'
-        parts += [mark if css == "front" else dot, f'<text x="{at + 21:.0f}" y="13">{escape(name)}</text>']
-        at += 21 + len(name) * CHARACTER + 16
+        wide = 21 + len(name) * CHARACTER
+        if at + wide > WIDTH and at > LEFT:
+            at, y = float(LEFT), y + 15
+        mark = f'<line class="front" x1="{at:.0f}" x2="{at + 16:.0f}" y1="{y}" y2="{y}"/>'
+        dot = f'<circle class="{css}" cx="{at + 8:.0f}" cy="{y}" r="4.2"/>'
+        parts += [mark if css == "front" else dot, f'<text x="{at + 21:.0f}" y="{y + 4}">{escape(name)}</text>']
+        at += wide + 16
     return parts

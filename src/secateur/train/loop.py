@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from secateur.criteria.riding import Riding, Sums
+from secateur.criteria.streaming import Streaming
 from secateur.data.dataset import Dataset
 from secateur.data.share import held, holding
 from secateur.measure.quality import Figures, Quality
@@ -70,7 +71,7 @@ class Settings:
     compiled: bool = False
     guide: Guide | None = None
     steps: int | None = None
-    riding: Riding | None = None
+    riding: Riding | Streaming | None = None
 
 
 @dataclass(frozen=True)
