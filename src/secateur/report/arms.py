@@ -157,12 +157,14 @@ def _key(recipe: Mapping[str, Any], without: Sequence[str] = ()) -> Key:
 def role(recipe: Mapping[str, Any]) -> str:
     """Return what a run is in a comparison: pruned, the random control, the from-scratch baseline, or not pruned.
 
-    The last is a training of the schedule ``during`` whose events take nothing.
+    The last is a training of the schedule ``during`` whose events take nothing, or a budget that keeps all.
     """
     if recipe.get("recover", {}).get("name") == "scratch":
         return SCRATCH
     when = recipe["prune"].get("schedule", {})
     if when.get("name") == "during" and (when["keep"] == 1 or when["initial_iterations"] == when["total_epochs"]):
+        return WHOLE
+    if 1 in (recipe["prune"].get("budget") or {}).values():
         return WHOLE
     return RANDOM if recipe["prune"]["criterion"]["name"] == "random" else PRUNED
 
