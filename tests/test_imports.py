@@ -49,6 +49,7 @@ PARTS = {  # files that carry a part of one of the names above, or stand apart f
     "yaml_source": "pipeline",
     "resolve": "pipeline",
     "folder": "pipeline",
+    "pictures": "pipeline",
     "prune": "pipeline",
     "session": "pipeline",
     "ship": "pipeline",

@@ -214,7 +214,7 @@ def evaluate(
     root: Annotated[str | None, typer.Option(metavar="DIR", help="Where the data is, when it moved.")] = None,
     trust: Trust = None,
 ) -> None:
-    """Measure loss and accuracy of a checkpoint on its data."""
+    """Measure loss and accuracy, or the ELBO, of a checkpoint on its data."""
     from secateur import infer
 
     parts = ("train", "validation", "test")
@@ -289,7 +289,7 @@ def compare(
         list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, folders of those, or record files.")
     ],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the page goes.")] = Path("compare.html"),
-    part: Annotated[str, typer.Option(help="Accuracy on which images: test or validation.")] = "test",
+    part: Annotated[str, typer.Option(help="Accuracy (or ELBO) on which images: test or validation.")] = "test",
 ) -> None:
     """Put runs beside each other: accuracy against size and speed, over seeds, with the controls."""
     from secateur.compare import compare as beside

@@ -39,7 +39,7 @@ class Data(Section):
     limit: Count | None = None
     """use at most this many training images"""
     normalize: bool = False
-    """subtract the mean and divide by the deviation of the training images, per channel"""
+    """subtract the mean and divide by the deviation of the training images, per channel (not for autoencoders)"""
     augment: Literal[
         "none",
         "flip",
@@ -236,7 +236,7 @@ class Prune(Section):
     freeze: Names = ()
     """group or module name patterns that stay whole"""
     stop_drop: Share | None = None
-    """stop when a recovered model is more than this below the dense one in validation accuracy, keep the one before"""
+    """stop when a recovered model lost more validation accuracy (ELBO: this fraction) than this, keep the one before"""
 
 
 class Distil(Section):

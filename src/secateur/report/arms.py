@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from secateur.report.course import NEVER, Course, course
+from secateur.report.metrics import of_measured
 from secateur.types import Record, SecateurError
 
 DENSE, WHOLE, PRUNED, RANDOM, SCRATCH = "dense", "not pruned", "pruned", "random control", "from scratch"
@@ -92,7 +93,8 @@ def compared(
             f"there is no finished run to compare ({len(unfinished)} unfinished: {', '.join(unfinished) or 'none'}); "
             "give the folders of runs that went to their end."
         )
-    accuracy = f"{part} top1"
+    accuracy = f"{part} {of_measured({name for one in outcomes for name in one.units}, part).measured}"
+    outcomes, notes = _comparable(outcomes, accuracy, notes)
     arms = _arms(outcomes, accuracy)
     units = {name: unit for one in outcomes for name, unit in one.units.items()}
     masked = [name for name in ("unmasked params", "unmasked macs") if name in units]
@@ -100,6 +102,15 @@ def compared(
     fronts = {cost: front([_point(arm, accuracy, cost) for arm in arms]) for cost in costs}
     said = [*notes, *_warnings(outcomes, arms, unfinished)]
     return Comparison(arms, accuracy, costs, units, fronts, tuple(said), tuple(outcomes))
+
+
+def _comparable(
+    outcomes: Sequence[Outcome], accuracy: str, notes: Sequence[str]
+) -> tuple[Sequence[Outcome], Sequence[str]]:
+    """Return the runs that measured ``accuracy``, and notes that name the others: runs of another task."""
+    other = [one.folder for one in outcomes if accuracy not in one.pruned]
+    said = [*notes, f"Left out, without {accuracy}: {', '.join(other)}."] if other else notes
+    return [one for one in outcomes if accuracy in one.pruned], said
 
 
 def _batch(name: str) -> int:
@@ -146,12 +157,14 @@ def _key(recipe: Mapping[str, Any], without: Sequence[str] = ()) -> Key:
 def role(recipe: Mapping[str, Any]) -> str:
     """Return what a run is in a comparison: pruned, the random control, the from-scratch baseline, or not pruned.
 
-    The last is a training of the schedule ``during`` whose events take nothing.
+    The last is a training of the schedule ``during`` whose events take nothing, or a budget that keeps all.
     """
     if recipe.get("recover", {}).get("name") == "scratch":
         return SCRATCH
     when = recipe["prune"].get("schedule", {})
     if when.get("name") == "during" and (when["keep"] == 1 or when["initial_iterations"] == when["total_epochs"]):
+        return WHOLE
+    if 1 in (recipe["prune"].get("budget") or {}).values():
         return WHOLE
     return RANDOM if recipe["prune"]["criterion"]["name"] == "random" else PRUNED
 

@@ -1,4 +1,4 @@
-"""The course of a run over its epochs, from its records: accuracies, events, widths, seconds."""
+"""The course of a run over its epochs, from its records: accuracies (or ELBOs), events, widths, seconds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from secateur.report.metrics import of_task
 from secateur.types import Record
 
 Path = tuple[tuple[float, float], ...]  # (x, y): an epoch is 1, 2, ..., an event lies between two of them
@@ -36,7 +37,9 @@ def course(records: Sequence[Record], anew: bool = False) -> Course:
 
     ``anew``: the weights were drawn again after the last cut, so that the run begins there.
     """
-    groups = next((r.data.get("groups", ()) for r in records if r.stage == "model"), ())
+    model = next((r.data for r in records if r.stage == "model"), {})
+    groups, metric = model.get("groups", ()), of_task(model)
+    key = metric.over[1]
     now = {g["name"]: int(g["units"]) for g in groups if not g.get("frozen") and g["units"] > 1}
     train: list[tuple[float, float]] = []
     validation: list[tuple[float, float]] = []
@@ -54,11 +57,11 @@ def course(records: Sequence[Record], anew: bool = False) -> Course:
             torn = False
         elif record.stage == "cut":
             events.append(done + 0.5)
-            _put(validation, done + 0.5, data.get("after", {}).get("top1"))
+            _put(validation, done + 0.5, metric.told(data.get("after", {}), metric.figure))
         elif record.stage == "epoch":
             done += 1
-            _put(train, done, data.get("train_accuracy"))
-            _put(validation, done, data.get("validation_accuracy"))
+            _put(train, done, metric.told(data, f"train_{key}"))
+            _put(validation, done, metric.told(data, f"validation_{key}"))
             _put(seconds, done, None if torn else data.get("seconds"))
             torn = False
             for name, units in now.items():

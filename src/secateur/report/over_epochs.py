@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from secateur.report.arms import DENSE, PRUNED, RANDOM, SCRATCH, WHOLE, Arm, Comparison, Outcome, over_seeds
 from secateur.report.course import Course
 from secateur.report.figures import Mark
+from secateur.report.metrics import named
 from secateur.report.strands import Dot, Scale, Strand, dashes, figure, steps
 
 COLOURS = {  # classes of style.css; the first of a role has its colour in the other figures
@@ -21,6 +22,7 @@ SHOWN = 8  # groups whose widths are drawn; the others are folded away
 SHARE = Scale(lambda value: f"{value * 100:.4g} %", 0.0, 1.0)
 SECONDS = Scale(lambda value: f"{value:.3g} s", 0.0, zero=True)
 UNITS = Scale(lambda value: f"{value:.4g}", 0.0, zero=True)
+SCALES = {"fraction": SHARE, "nats": Scale(lambda value: f"{value:.5g}")}
 
 Figures = list[tuple[str, str]]  # title, SVG
 
@@ -77,10 +79,11 @@ def over_epochs(comparison: Comparison) -> OverEpochs | None:
         strands = [replace(line, events=()) if marks else line for line in lines]
         return title, figure(f"{title} over epochs", strands, marks, epochs, scale)
 
-    test = "test top1"
+    metric = named(comparison.accuracy)
+    test, scale, word = f"test {metric.measured}", SCALES[metric.unit], metric.over[0]
     figures = [
-        drawn("Training accuracy", _strands(arms, lambda course: course.train), SHARE),
-        drawn("Validation accuracy, and test at the end", _strands(arms, lambda c: c.validation, test), SHARE),
+        drawn(f"Training {word}", _strands(arms, lambda course: course.train), scale),
+        drawn(f"Validation {word}, and test at the end", _strands(arms, lambda c: c.validation, test), scale),
         drawn("Time per epoch", _strands(arms, lambda course: course.seconds), SECONDS),
     ]
     widths = {name: _widths(arms, name) for name in _cut(arms)}
