@@ -117,8 +117,8 @@ class Score(Section):
     """arguments of the criterion, e.g. {form: elementwise} of taylor, {p: 1} of magnitude"""
     evidence: Literal["pass", "training"] = "pass"
     """where data is read: in a pass of its own before each cut, or in the last epoch of training before it"""
-    every: Count = 8
-    """of contribution with evidence training: look at each so-many-th image of a batch (1: all, at more cost)"""
+    every: Count | None = None
+    """of training: each so-many-th batch, of contribution image, is read (null: at most 8, and `samples` or more)"""
     samples: Count = 1024
     """training images that are shown to the criterion in a pass"""
     batch_size: Count = 256

@@ -30,6 +30,7 @@ from secateur.train.resume import atomic_write
 from secateur.types import Budget, Graph, Proof, Scores
 
 Out = tuple[nn.Module, Point]  # the model, and what the next stage begins with
+SPARSE = 8  # of the images of an epoch, at least each so-many-th is evidence
 SAVE_EVERY = 60.0  # seconds between saved states within an epoch
 
 
@@ -79,7 +80,7 @@ def _riding(run: Run, model: nn.Module, step: int) -> Riding | Streaming | None:
     if not wanted.rides or step == len(run.targets) or not chosen.evidence & DATA:
         return None
     graph = run.dense if model is run.dense.model else traced(model, run.data, run.recipe)
-    return rider(graph, chosen, wanted.every)
+    return rider(graph, chosen, wanted.every or max(1, min(SPARSE, len(run.data.train) // wanted.samples)))
 
 
 def _watch(

@@ -61,11 +61,12 @@ class Riding:
 
     Within ``with riding:``, for each batch of n samples: ``start(n)``, forward, ``loss.backward()`` of a loss that is
     a mean over the samples, ``take()`` before the gradients or weights change; now and then ``settle()``.  Then
-    ``sums`` is what ``score(graph, criterion, sums=...)`` takes.  ``start(0)`` lets a batch pass unseen.
+    ``sums`` is what ``score(graph, criterion, sums=...)`` takes.  ``start(0)`` lets a batch pass unseen; ``looks``
+    says which batches to watch, each ``every``-th.
     """
 
-    def __init__(self, graph: Graph, criterion: Criterion, sums: Sums | None = None) -> None:
-        self.criterion, self.model = criterion, graph.model
+    def __init__(self, graph: Graph, criterion: Criterion, sums: Sums | None = None, every: int = 1) -> None:
+        self.criterion, self.model, self.every = criterion, graph.model, every
         self.names = sorted(criterion.evidence & PER_SAMPLE)
         self.sums = sums or Sums()
         self.device = next((p.device for p in graph.model.parameters()), torch.device("cpu"))
@@ -93,6 +94,10 @@ class Riding:
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
+
+    def looks(self, step: int) -> bool:
+        """Return whether to watch the batch of optimiser step ``step``; batches are shuffled, so any will do."""
+        return step % self.every == 0
 
     def start(self, samples: int) -> None:
         """Watch the next batch, of ``samples`` samples; 0: do not watch it."""

@@ -34,6 +34,10 @@ class Streaming:
     def __exit__(self, *error: object) -> None:
         self._shares.__exit__(*error)
 
+    def looks(self, step: int) -> bool:
+        """Return whether to watch the batch of optimiser step ``step``: all, for a part of each is looked at."""
+        return True
+
     def start(self, samples: int) -> None:
         """Watch the next batch, of ``samples`` samples; 0: do not watch it."""
         self._shares.awake, self._begun = samples > 0, -(-samples // self.every)
@@ -66,8 +70,8 @@ class Streaming:
 def rider(graph: Graph, criterion: Criterion, every: int = 8) -> Riding | Streaming | None:
     """Return what collects the evidence of ``criterion`` from training steps, None where it reads no data.
 
-    ``every``: of contributions, the samples of a batch of which one is looked at.  Raises ``PlanError`` for a
-    criterion that reads gradients and contributions both.
+    ``every``: of contributions, the samples of a batch of which one is looked at; of gradients, the batches.  Raises
+    ``PlanError`` for a criterion that reads both.
     """
     streamed, rows = criterion.evidence & STREAMED, criterion.evidence & PER_SAMPLE
     if streamed and rows:
@@ -77,4 +81,4 @@ def rider(graph: Graph, criterion: Criterion, every: int = 8) -> Riding | Stream
         )
     if streamed:
         return Streaming(graph, criterion, every)
-    return Riding(graph, criterion) if rows else None
+    return Riding(graph, criterion, every=every) if rows else None

@@ -252,7 +252,9 @@ def _train_epoch(work: _Work, cursor: Cursor) -> Cursor:
         for group, rate in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = rate * factor
         if settings.riding is not None:
-            settings.riding.start(len(labels) if before + step >= work.total - work.per_epoch else 0)
+            now = before + step
+            watching = now >= work.total - work.per_epoch and settings.riding.looks(now)
+            settings.riding.start(len(labels) if watching else 0)
         with holding(shares[step]):
             loss, parts_of_step = _step(work, inputs, labels)
         if work.average is not None:
