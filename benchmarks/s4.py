@@ -48,9 +48,9 @@ def nearest(params: int, count: Callable[[float], int]) -> float:
     return min((k / 100 for k in range(25, 101)), key=lambda factor: abs(count(factor) - params))
 
 
-def baselines(recipe: str, pruned: Path, params: int) -> dict[str, list[str]]:
+def baselines(recipe: str, overrides: list[str], pruned: Path, params: int) -> dict[str, list[str]]:
     """Return name -> overrides of the runs beside the pruned one."""
-    chosen = load(recipe)
+    chosen = load(recipe, overrides)
     name, args = chosen.model.name, dict(chosen.model.args)
     width = float(str(args["width"]))
     slim = nearest(params, lambda f: size(name, {**args, "width": width * f})) * width
@@ -95,7 +95,7 @@ def main() -> None:
     pruned = run(options.recipe, options.out / "pruned", options.overrides)
     rows = {"dense": figures(pruned, "dense"), "pruned and tuned": figures(pruned, "pruned")}
     folders = [pruned]
-    for name, words in baselines(options.recipe, pruned, rows["pruned and tuned"]["params"]).items():
+    for name, words in baselines(options.recipe, options.overrides, pruned, rows["pruned and tuned"]["params"]).items():
         folders.append(run(options.recipe, options.out / name, [*options.overrides, *words]))
         rows[name] = figures(folders[-1], "pruned")
     print(f"{'network':<18} {'parameters':>12} {'test error':>11}")
