@@ -156,7 +156,7 @@ def _norm(conv_bias: torch.Tensor | None, stats: Any, eps: float, like: torch.Te
     shift = torch.zeros_like(scale) if bias is None else bias
     center = torch.zeros_like(scale) if mean is None else -mean
     center = center if conv_bias is None else center + conv_bias.double()
-    return scale, center * scale + shift
+    return scale.detach(), (center * scale + shift).detach()
 
 
 def _gated(reading: _Reading, path: str, layer: Gated, last: Op) -> None:

@@ -25,6 +25,7 @@ WINDOW = (
     "floor",
 )
 UNION = ("a_ids", "a_count", "a_data", "a_plane", "b_ids", "b_count", "units", "flags", "zero", "ids", "count", "res")
+UNION += ("only_ids", "only_count")  # channels of a that are not in b
 ADD = ("a_ids", "a_count", "a_data", "a_plane", "b_ids", "b_count", "b_data", "b_plane", "units", "flags", "zero")
 ADD += ("ids", "count", "data", "plane", "vectors", "masks_at", "floor")
 IDS = ("src_ids", "src_count", "shift", "append", "ids", "count")
@@ -104,6 +105,12 @@ def union(module: ir.Module, lanes: int) -> ir.Function:
         plane = e.b.add(f["a_data"], e.b.mul(channel, f["a_plane"]))
         e.put(e.b.select(both, plane, f["zero"]), res, i)
     _gather(e, ws, f, flags)
+    only = e.at(ws, f["only_ids"])
+    with e.loop(I64(0), f["units"], 1, I64(0)) as (c, place):
+        e.put(e.b.trunc(c, I32), only, place[0])
+        found = e.b.icmp_signed("==", e.get(flags, c, I8), I8(1))
+        place[0] = e.b.add(place[0], e.b.zext(found, I64))
+    e.put(place[0], e.at(ws, f["only_count"]), I64(0))
     e.b.ret_void()
     return e.function
 
