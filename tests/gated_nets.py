@@ -25,13 +25,16 @@ def lived(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def curious(model: nn.Module, x: torch.Tensor) -> nn.Module:
-    """A gated model whose predictors look at their inputs, with saliencies of about 1 on ``x``, layer by layer."""
+def curious(model: nn.Module, x: torch.Tensor, scale: float = 0.5) -> nn.Module:
+    """A gated model whose predictors look at their inputs: saliencies vary by ``scale`` over ``x``, layer by layer.
+
+    Saliencies grow with the activations that they scale: much larger ones square every error from layer to layer.
+    """
 
     def calibrate(gate: FBS, args: Any) -> None:
         nn.init.normal_(gate.predictor.weight)
         seen = pooled(args[0], gate.pooling) @ gate.predictor.weight.T
-        gate.predictor.weight.div_(seen.std().clamp_min(1e-6))
+        gate.predictor.weight.div_(seen.std().clamp_min(1e-6) / scale)
 
     handles = [m.register_forward_pre_hook(calibrate) for m in model.modules() if isinstance(m, FBS)]
     model.eval()(x)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from secateur.runtime.gates import Choice, watch
+from secateur.runtime.gates import FBS, Choice, watch
 from secateur.runtime.program import Node, Program, read
 
 
@@ -62,5 +62,4 @@ def _products(program: Program, node: Node, inputs: torch.Tensor, outputs: torch
 
 def overhead(model: nn.Module) -> int:
     """Return what the gates themselves multiply per sample, at most: inputs times outputs of every predictor."""
-    found = [m.predictor for m in model.modules() if isinstance(getattr(m, "predictor", None), nn.Linear)]
-    return sum(layer.in_features * layer.out_features for layer in found)
+    return sum(gate.predictor.weight.numel() for gate in model.modules() if isinstance(gate, FBS))

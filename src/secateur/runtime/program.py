@@ -11,11 +11,7 @@ from torch import nn
 
 from secateur.graph.trace import Op, Recording, Ref, inputs_of, record
 from secateur.runtime.gates import Gated
-from secateur.types import SecateurError
-
-
-class UnsupportedError(SecateurError):
-    """A network with a layer that the engine does not know; the message names the layer."""
+from secateur.types import EngineError
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +69,7 @@ class _Reading:
     def value(self, ref: Any) -> int:
         """The value that a tensor argument stands for."""
         if not isinstance(ref, Ref):
-            raise UnsupportedError(f"a layer reads {ref!r}, which is not a tensor of the network.")
+            raise EngineError(f"a layer reads {ref!r}, which is not a tensor of the network.")
         return self.same.get(ref.value, ref.value)
 
     def tensor(self, ref: Any) -> torch.Tensor | None:
@@ -82,7 +78,7 @@ class _Reading:
             return None
         name = self.rec.values[ref.value].name if isinstance(ref, Ref) else None
         if name is None:
-            raise UnsupportedError("a layer's weight is computed by the network itself.")
+            raise EngineError("a layer's weight is computed by the network itself.")
         owner, _, last = name.rpartition(".")
         return getattr(self.model.get_submodule(owner), last).detach()
 
@@ -93,16 +89,16 @@ class _Reading:
 def read(model: nn.Module, example: Any) -> Program:
     """Return the layers of ``model`` as one run on ``example`` (one tensor, (B, C, H, W)) shows them.
 
-    Raises ``UnsupportedError`` that names the first layer the engine does not know.
+    Raises ``EngineError`` that names the first layer the engine does not know.
     """
     args, kwargs = inputs_of(example)
     if len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor) or args[0].dim() != 4:
-        raise UnsupportedError("the network must take one tensor (batch, channels, height, width).")
+        raise EngineError("the network must take one tensor (batch, channels, height, width).")
     rec = record(model, args, kwargs)
     ops = rec.ops[: rec.eval_ops]
     source = next(i for i, v in enumerate(rec.values) if v.origin == "input")
     if len(rec.outputs) != 1:
-        raise UnsupportedError(f"the network must give one tensor; it gives {len(rec.outputs)}.")
+        raise EngineError(f"the network must give one tensor; it gives {len(rec.outputs)}.")
     reading = _Reading(model, rec)
     gates = {path: module for path, module in model.named_modules() if isinstance(module, Gated)}
     needed = _needed(rec, ops)
@@ -116,7 +112,7 @@ def read(model: nn.Module, example: Any) -> Program:
             rule = RULES.get(op.target)
             if rule is None:
                 where = op.module or type(model).__name__
-                raise UnsupportedError(f"{op.target} in {where!r} is not known to the engine.")
+                raise EngineError(f"{op.target} in {where!r} is not known to the engine.")
             rule(reading, op)
     result = reading.same.get(rec.outputs[0], rec.outputs[0])
     nodes = tuple(_fused(reading.nodes, result))
@@ -165,7 +161,7 @@ def _gated(reading: _Reading, path: str, layer: Gated, last: Op) -> None:
     scale, shift = _norm(conv.bias, stats, getattr(norm, "eps", 0.0), conv.weight)
     source = reading.rec.inputs[path][0][0]
     if source is None or last.outs[0] is None:
-        raise UnsupportedError(f"the input of {path!r} was not recorded.")
+        raise EngineError(f"the input of {path!r} was not recorded.")
     geometry = {"stride": _pair(conv.stride), "dilation": _pair(conv.dilation), "groups": conv.groups}
     padding = _explicit(conv)
     source = reading.same.get(source, source)
@@ -183,7 +179,7 @@ def _explicit(conv: nn.Conv2d) -> tuple[int, int]:
     if isinstance(conv.padding, str):
         total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
         if conv.padding == "same" and any(t % 2 for t in total):
-            raise UnsupportedError("padding 'same' of an even kernel is not equal on both sides.")
+            raise EngineError("padding 'same' of an even kernel is not equal on both sides.")
         return _pair([t // 2 for t in total]) if conv.padding == "same" else (0, 0)
     return _pair(conv.padding)
 
@@ -192,7 +188,7 @@ def _convolution(reading: _Reading, op: Op) -> None:
     x, weight, bias, stride, padding, dilation, transposed, _, groups = op.args
     kernel = reading.tensor(weight)
     if transposed or kernel is None or kernel.dim() != 4:
-        raise UnsupportedError(f"the convolution {op.module!r} is transposed or not two-dimensional.")
+        raise EngineError(f"the convolution {op.module!r} is transposed or not two-dimensional.")
     scale, shift = _norm(reading.tensor(bias), (None,) * 4, 0.0, kernel)
     reading.nodes.append(
         Node(
@@ -205,7 +201,7 @@ def _convolution(reading: _Reading, op: Op) -> None:
 
 def _out(op: Op) -> int:
     if op.outs[0] is None:
-        raise UnsupportedError(f"{op.target} in {op.module!r} gives no tensor.")
+        raise EngineError(f"{op.target} in {op.module!r} gives no tensor.")
     return op.outs[0]
 
 
@@ -213,7 +209,7 @@ def _batch_norm(reading: _Reading, op: Op) -> None:
     """A batch norm joins the convolution before it, or becomes a depthwise 1x1 convolution."""
     stats = [reading.tensor(ref) for ref in op.args[1:5]]
     if op.args[5] or stats[3] is None or len(reading.shape(_out(op))) != 4:
-        raise UnsupportedError(f"the batch norm {op.module!r} has no running statistics, or no map to work on.")
+        raise EngineError(f"the batch norm {op.module!r} has no running statistics, or no map to work on.")
     value, last = reading.value(op.args[0]), reading.nodes[-1] if reading.nodes else None
     scale, shift = _norm(None, stats, op.args[7], stats[3])
     alone = sum(isinstance(a, Ref) and reading.value(a) == value for o in reading.rec.ops for a in o.args) == 1
@@ -239,14 +235,14 @@ def _alias(reading: _Reading, op: Op) -> None:
 def _view(reading: _Reading, op: Op) -> None:
     value, before, after = reading.value(op.args[0]), reading.shape(op.args[0].value), reading.shape(_out(op))
     if len(after) not in (2, 4) or after[0] != before[0] or (len(after) == 4 and after != before):
-        raise UnsupportedError(f"{op.target} in {op.module!r} from {before} to {after} is no flattening.")
+        raise EngineError(f"{op.target} in {op.module!r} from {before} to {after} is no flattening.")
     reading.same[_out(op)] = value
 
 
 def _mean(reading: _Reading, op: Op) -> None:
     dims = sorted(d % 4 for d in op.args[1]) if len(op.args) > 1 and op.args[1] else []
     if len(reading.shape(op.args[0].value)) != 4 or dims != [2, 3]:
-        raise UnsupportedError(f"the mean in {op.module!r} is not over the pixels of a map.")
+        raise EngineError(f"the mean in {op.module!r} is not over the pixels of a map.")
     reading.nodes.append(Node("mean", op.module, (reading.value(op.args[0]),), _out(op)))
 
 
@@ -262,7 +258,7 @@ def _avg_pool(reading: _Reading, op: Op) -> None:
     padding = args[3] or [0, 0]
     counted = args[5] is None or args[5]
     if args[4] or args[6] or (any(padding) and not counted):
-        raise UnsupportedError(f"the average pool {op.module!r} divides by more than one number.")
+        raise EngineError(f"the average pool {op.module!r} divides by more than one number.")
     node = Node("pool", op.module, (reading.value(args[0]),), _out(op), pooling="avg", kernel=_pair(args[1]))
     reading.nodes.append(replace(node, stride=_pair(args[2] or args[1]), padding=_pair(padding)))
 
@@ -277,7 +273,7 @@ def _addmm(reading: _Reading, op: Op) -> None:
     bias, x, weight = op.args[:3] if "addmm" in op.target else (None, *op.args[:2])
     matrix = reading.transposed.get(weight.value) if isinstance(weight, Ref) else None
     if matrix is None or any(op.kwargs.get(k, 1) != 1 for k in ("alpha", "beta")):
-        raise UnsupportedError(f"{op.target} in {op.module!r} is not a linear layer.")
+        raise EngineError(f"{op.target} in {op.module!r} is not a linear layer.")
     shift = reading.tensor(bias)
     shift = torch.zeros(len(matrix)) if shift is None else shift
     reading.nodes.append(Node("linear", op.module, (reading.value(x),), _out(op), weight=matrix, shift=shift))
@@ -287,14 +283,14 @@ def _add(reading: _Reading, op: Op) -> None:
     a, b = op.args[:2]
     known = isinstance(a, Ref) and isinstance(b, Ref) and op.kwargs.get("alpha", 1) == 1
     if not known or reading.shape(a.value) != reading.shape(b.value) or len(reading.shape(a.value)) != 4:
-        raise UnsupportedError(f"the addition in {op.module or 'the network'!r} is not of two maps of one shape.")
+        raise EngineError(f"the addition in {op.module or 'the network'!r} is not of two maps of one shape.")
     reading.nodes.append(Node("add", op.module, (reading.value(a), reading.value(b)), _out(op)))
 
 
 def _cat(reading: _Reading, op: Op) -> None:
     axis = op.args[1] if len(op.args) > 1 else 0
     if axis % 4 != 1 or len(reading.shape(_out(op))) != 4:
-        raise UnsupportedError(f"the concatenation in {op.module or 'the network'!r} is not over channels of maps.")
+        raise EngineError(f"the concatenation in {op.module or 'the network'!r} is not over channels of maps.")
     reading.nodes.append(Node("cat", op.module, tuple(reading.value(r) for r in op.args[0]), _out(op)))
 
 

@@ -4,7 +4,13 @@ Lanes of a vector are output pixels, weights are broadcast scalars, the active i
 the active outputs a list of row pointers.  So one copy of the weights serves every choice of channels.
 """
 
-from secateur.runtime.engine.engine import Engine, Fallback, compile_engine
-from secateur.runtime.engine.native import EngineError
+from secateur.types import EngineError
 
-__all__ = ["Engine", "EngineError", "Fallback", "compile_engine"]
+try:
+    import llvmlite  # noqa: F401
+except ImportError as error:
+    raise EngineError("the engine needs llvmlite; install it with `pip install secateur[engine]`.") from error
+
+from secateur.runtime.engine.engine import Engine, Fallback, compile_engine
+
+__all__ = ["Engine", "Fallback", "compile_engine"]

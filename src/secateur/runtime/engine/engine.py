@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +14,8 @@ from torch import nn
 
 from secateur.runtime.engine import native
 from secateur.runtime.engine.layers import lower
-from secateur.runtime.engine.native import EngineError
-from secateur.runtime.program import UnsupportedError, read
+from secateur.runtime.program import read
+from secateur.types import EngineError
 
 TOLERANCE = 1e-3  # of the largest output, on the example; a wrong kernel is off by far more
 ALIGNED = 64
@@ -52,7 +53,7 @@ class Engine:
         chosen = self._actions(actions, len(x)) if actions is not None else None
         parts = min(self.threads, len(x))
         bounds = [len(x) * part // max(parts, 1) for part in range(parts + 1)]
-        jobs = [(x[a:b], out[a:b], None if chosen is None else chosen[a:b]) for a, b in zip(bounds, bounds[1:])]  # noqa: B905
+        jobs = [(x[a:b], out[a:b], None if chosen is None else chosen[a:b]) for a, b in itertools.pairwise(bounds)]
         if self._pool is None or len(jobs) < 2:
             for job in jobs:
                 self._work(*job)
@@ -122,7 +123,7 @@ def compile_engine(
         engine = Engine(model, example, threads, native.lanes() if width is None else width)
         _check(engine, model, example)
         return engine
-    except (EngineError, UnsupportedError) as error:
+    except EngineError as error:
         if strict:
             raise EngineError(str(error)) from error
         return Fallback(model, str(error))

@@ -10,11 +10,11 @@ import torch
 
 from secateur.runtime.engine.choose import BLOCK
 from secateur.runtime.engine.lower import FLOORS, Lowering, Number, bits
-from secateur.runtime.engine.native import EngineError
 from secateur.runtime.engine.planes import KINDS
 from secateur.runtime.engine.stores import Store
 from secateur.runtime.gates import FBS, Prefix
 from secateur.runtime.program import Node, Program
+from secateur.types import EngineError
 
 LIMIT = 1.25  # a pitch this much wider than needed is worth a copy
 MARGIN = 16  # floats behind each row of weights

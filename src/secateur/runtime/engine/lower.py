@@ -77,7 +77,7 @@ class Lowering:
         self, value: int, source: Store | None, to: Store, stride: tuple[int, int] = (1, 1), first: int = 0
     ) -> None:
         """Copy ``value`` from ``source`` (None: the image) into the phases of ``to``, from channel ``first`` on."""
-        units, height, width = self.program.shapes[value]
+        _, height, width = self.program.shapes[value]
         ids, count = self.list(value)
         self.step(
             "layout",
@@ -85,7 +85,8 @@ class Lowering:
             src_plane=4 * height * width if source is None else lambda: source.plane,
             src_pitch=4 * width if source is None else lambda: source.pitch,
             ids=ids, count=count, height=height, width=width, stride_y=stride[0], stride_x=stride[1],
-            dst=lambda: to.data + first * to.plane, dst_plane=lambda: to.plane, dst_phase=lambda: to.phase, dst_pitch=lambda: to.pitch,
+            dst=lambda: to.data + first * to.plane, dst_plane=lambda: to.plane, dst_phase=lambda: to.phase,
+            dst_pitch=lambda: to.pitch,
         )  # fmt: skip
 
     def widest(self, store: Store) -> int:

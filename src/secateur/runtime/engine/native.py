@@ -19,13 +19,9 @@ import llvmlite
 from llvmlite import binding as llvm
 
 from secateur.runtime.engine.driver import source
-from secateur.types import SecateurError
+from secateur.types import EngineError
 
 DIGEST = 32
-
-
-class EngineError(SecateurError):
-    """The fast engine cannot run here, or cannot run this model."""
 
 
 @functools.cache
