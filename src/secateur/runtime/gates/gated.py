@@ -9,7 +9,7 @@ from secateur.runtime.gates.choice import Choice, Gate
 from secateur.runtime.gates.fbs import FBS
 from secateur.runtime.gates.prefix import Prefix
 
-SMALL = 1e-6  # a scale of exactly 0 cannot carry beta / gamma
+SMALL = 1e-6  # a smaller scale cannot carry beta / gamma
 
 
 class Gated(nn.Module):
@@ -40,7 +40,7 @@ def gated(conv: nn.Conv2d, norm: nn.BatchNorm2d | None, density: float | None, p
     """Return the layer that equals ``conv`` and ``norm`` as long as its gate computes everything.
 
     ``density`` makes an FBS gate with phi = 0 and rho = gamma; a negative gamma is absorbed into the sign of filter
-    and running mean.  ``density`` None makes a prefix gate of ``groups``.  ``conv`` is changed in place.
+    and running mean, a gamma of 0 into a filter of zeros.  ``density`` None makes a prefix gate of ``groups``.  ``conv`` is changed in place.
     """
     after = conv.out_channels
     gamma, beta = torch.ones_like(conv.weight[:, 0, 0, 0]), torch.zeros_like(conv.weight[:, 0, 0, 0])
@@ -57,7 +57,12 @@ def gated(conv: nn.Conv2d, norm: nn.BatchNorm2d | None, density: float | None, p
                 conv.bias.mul_(sign)
             plain.running_mean.mul_(sign)  # type: ignore[union-attr]
             gamma = gamma.abs()
-        gamma = torch.where(gamma.abs() < SMALL, SMALL, gamma)
+        silent = gamma.abs() < SMALL  # a constant beta: a filter of zeros says the same
+        conv.weight[silent] = 0
+        if conv.bias is not None:
+            conv.bias[silent] = 0
+        plain.running_mean[silent] = 0  # type: ignore[index]
+        gamma = torch.where(silent, 1, gamma)
     gate: FBS | Prefix
     if density is not None:
         gate = FBS(conv.in_channels, after, density, pooling).to(conv.weight)
