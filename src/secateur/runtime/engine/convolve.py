@@ -31,10 +31,13 @@ FIELDS = (
     "groups",
     "in_per_group",
     "out_per_group",
+    "tight",  # 1: rows touch, and every tap has a mask
+    "tap_masks_at",  # int32, one per tap
 )
+Tiles = Mapping[tuple[int, int, bool], ir.Function]
 
 
-def convolve(module: ir.Module, lanes: int, tiles: Mapping[tuple[int, int], ir.Function]) -> ir.Function:
+def convolve(module: ir.Module, lanes: int, tiles: Tiles) -> ir.Function:
     """Write ``convolve(descriptor, workspace)``, group after group; see ``FIELDS``."""
     core = _core(module, lanes, tiles)
     e = Emit(module, "convolve", [PTR, PTR], lanes)
@@ -61,16 +64,38 @@ def _reach(e: Emit, ids: Value, begin: Value, count: Value, limit: Value) -> Val
     return end[0]
 
 
-def _core(module: ir.Module, lanes: int, tiles: Mapping[tuple[int, int], ir.Function]) -> ir.Function:
+def _core(module: ir.Module, lanes: int, tiles: Tiles) -> ir.Function:
     """Write the convolution of inputs [a, b) of the list with outputs [c, d), weights counted from channel ``base``."""
     e = Emit(module, "convolve_group", [PTR, PTR, *[I64] * 5], lanes)
     desc, ws, in_begin, in_end, done, n_out, base = e.function.args
     f = {name: e.field(desc, number) for number, name in enumerate(FIELDS)}
     at = {n: e.at(ws, f[n]) for n in ("in_ids", "entries", "scales", "shifts", "rows", "dst", "res")}
     length = _entries(e, f, at["in_ids"], in_begin, in_end, base, at["entries"])
-    masks = e.b.inttoptr(f["masks_at"], PTR)
+    at["masks_at"] = e.b.inttoptr(f["masks_at"], PTR)
+    done_block = e.function.append_basic_block("done")
+    blocks = {tight: e.function.append_basic_block("tight" if tight else "wide") for tight in (False, True)}
+    e.b.cbranch(e.b.icmp_signed("!=", f["tight"], I64(0)), blocks[True], blocks[False])
+    for tight, block in blocks.items():
+        e.b.position_at_end(block)
+        chosen = {(h, w): function for (h, w, kind), function in tiles.items() if kind == tight}
+        _cover(e, f, at, (ws, length, done, n_out), chosen)
+        e.b.branch(done_block)
+    e.b.position_at_end(done_block)
+    e.b.ret_void()
+    return e.function
+
+
+def _cover(
+    e: Emit,
+    f: Mapping[str, Value],
+    at: Mapping[str, Value],
+    state: tuple[Value, Value, Value, Value],
+    tiles: Mapping[tuple[int, int], ir.Function],
+) -> None:
+    """Cover outputs and pixels with tiles: the tallest first, for the rest smaller ones."""
+    ws, length, done, n_out = state
     floor = e.b.bitcast(e.b.trunc(f["floor"], I32), F32)
-    for height in heights(lanes):
+    for height in heights(e.lanes):
         size = I64(height)
         end = e.b.add(done, e.b.mul(e.b.sdiv(e.b.sub(n_out, done), size), size))
         with e.loop(done, end, height) as (o, _):
@@ -78,28 +103,40 @@ def _core(module: ir.Module, lanes: int, tiles: Mapping[tuple[int, int], ir.Func
             lists += [e.at(at[n], o, I64) for n in ("dst", "res")]
             lane: Value = I64(0)
             for width in WIDTHS:
-                left = e.b.sub(f["vectors"], e.b.sdiv(lane, I64(lanes)))
-                stop = e.b.add(lane, e.b.mul(e.b.sdiv(left, I64(width)), I64(width * lanes)))
-                with e.loop(lane, stop, width * lanes) as (first, _):
-                    e.b.call(tiles[height, width], [ws, at["entries"], length, first, *lists, floor, masks])
+                stop = e.b.add(lane, e.b.mul(_tiles(e, f["vectors"], lane, width), I64(width * e.lanes)))
+                with e.loop(lane, stop, width * e.lanes) as (first, _):
+                    given = [ws, at["entries"], length, first, *lists, floor, at["masks_at"]]
+                    e.b.call(tiles[height, width], given)
                 lane = stop
         done = end
-    e.b.ret_void()
-    return e.function
+
+
+def _tiles(e: Emit, vectors: Value, lane: Value, width: int) -> Value:
+    """Return how many tiles of ``width`` to lay from ``lane`` on; 4 vectors are 2 + 2, as a lone one starves."""
+    left = e.b.sub(vectors, e.b.sdiv(lane, I64(e.lanes)))
+    number = e.b.sdiv(left, I64(width))
+    if width < 3:
+        return number
+    lone = e.b.icmp_signed("==", e.b.srem(left, I64(3)), I64(1))
+    return e.b.select(e.b.and_(lone, e.b.icmp_signed(">", number, I64(0))), e.b.sub(number, I64(1)), number)
 
 
 def _entries(e: Emit, f: Mapping[str, Value], ids: Value, begin: Value, end: Value, base: Value, to: Value) -> Value:
     """Write (input offset, weight offset) of every active channel and tap; return their number."""
-    taps = e.b.inttoptr(f["taps_at"], PTR)
+    taps, masks = (e.b.inttoptr(f[n], PTR) for n in ("taps_at", "tap_masks_at"))
+    tight = e.b.icmp_signed("!=", f["tight"], I64(0))
+    bits = e.b.select(tight, I64(2), I64(1))  # log2 of the int32 per entry
     with e.loop(begin, end, 1, I64(0)) as (a, carried):
         channel = e.b.sext(e.get(ids, a, I32), I64)
         plane = e.b.add(f["in_data"], e.b.mul(channel, f["in_plane"]))
         weight = e.b.shl(e.b.mul(e.b.sub(channel, base), f["tap_count"]), I64(2))
         first = carried[0]
         with e.loop(I64(0), f["tap_count"], 1) as (t, _):
-            place = e.b.shl(e.b.add(first, t), I64(1))
+            place = e.b.shl(e.b.add(first, t), bits)
             offset = e.b.add(plane, e.b.sext(e.get(taps, t, I32), I64))
             e.put(e.b.trunc(offset, I32), to, place)
             e.put(e.b.trunc(e.b.add(weight, e.b.shl(t, I64(2))), I32), to, e.b.or_(place, I64(1)))
+            # of a wide entry, the next one overwrites this; the list has room behind its end
+            e.put(e.get(masks, t, I32), to, e.b.add(place, I64(2)))
         carried[0] = e.b.add(first, f["tap_count"])
     return carried[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 from llvmlite import ir
@@ -45,7 +46,8 @@ def source(lanes: int, triple: str) -> str:
     """
     module = ir.Module("secateur")
     module.triple = triple
-    tiles = {(h, w): tile(module, lanes, h, w) for h in heights(lanes) for w in WIDTHS}
+    sizes = itertools.product(heights(lanes), WIDTHS, (False, True))
+    tiles = {size: tile(module, lanes, *size) for size in sizes}
     functions = {"convolve": convolve.convolve(module, lanes, tiles)}
     functions |= {name: write(module, lanes) for name, write in SIMPLE.items()}
     e = Emit(module, "run", [PTR, I64, PTR, PTR, PTR, PTR, PTR, I64], lanes)

@@ -75,14 +75,23 @@ class Emit:
 
     def masked(self, value: Value, base: Value, index: Value, bits: Value) -> None:
         """Store the lanes of ``value`` whose bit in the integer ``bits`` is set at float ``index``."""
-        mask = self.b.bitcast(self.narrow(bits), ir.VectorType(I1, self.lanes))
-        name = f"llvm.masked.store.v{self.lanes}f32.p0"
-        self.intrinsic(name, VOID, [value, self.at(base, index, F32), I32(4), mask])
+        self.give(value, base, index, self.bools(bits))
 
-    def narrow(self, bits: Value) -> Value:
-        """Return the low bits of a 16-bit mask, one per lane."""
+    def give(self, value: Value, base: Value, index: Value, inside: Value) -> None:
+        """Store the lanes ``inside``."""
+        name = f"llvm.masked.store.v{self.lanes}f32.p0"
+        self.intrinsic(name, VOID, [value, self.at(base, index, F32), I32(4), inside])
+
+    def take(self, base: Value, index: Value, inside: Value) -> Value:
+        """Load the lanes ``inside``, the others are 0; nothing else is read."""
+        name = f"llvm.masked.load.v{self.lanes}f32.p0"
+        return self.intrinsic(name, self.vector, [self.at(base, index, F32), I32(4), inside, self.floats(0.0)])
+
+    def bools(self, bits: Value) -> Value:
+        """Return the low bits of an integer as one bool per lane."""
         kind = ir.IntType(self.lanes)
-        return bits if bits.type == kind else self.b.trunc(bits, kind)
+        low = bits if bits.type == kind else self.b.trunc(bits, kind)
+        return self.b.bitcast(low, ir.VectorType(I1, self.lanes))
 
     def sum(self, vector: Value) -> Value:
         """Return the sum of the lanes."""

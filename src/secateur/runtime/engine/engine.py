@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from secateur.runtime.engine import native
-from secateur.runtime.engine.layers import lower
+from secateur.runtime.engine.layers import lowered
 from secateur.runtime.program import read
 from secateur.types import EngineError
 
@@ -29,8 +29,7 @@ class Engine:
 
     def __init__(self, model: nn.Module, example: torch.Tensor, threads: int, width: int) -> None:
         program = read(model, example)
-        lowering = lower(program, width)
-        self.table, self._image = lowering.finish()
+        lowering, self.table, self._image = lowered(program, width)
         self._kept = lowering.arena.kept
         self._run = native.run(width)
         self.shape = tuple(example.shape[1:])

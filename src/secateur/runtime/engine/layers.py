@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from secateur.runtime.engine.choose import BLOCK
-from secateur.runtime.engine.lower import FLOORS, Lowering, Number, bits
+from secateur.runtime.engine.lower import FLOORS, LooseError, Lowering, Number, bits
 from secateur.runtime.engine.planes import KINDS
 from secateur.runtime.engine.stores import Store
 from secateur.runtime.gates import FBS, Prefix
@@ -20,10 +20,20 @@ LIMIT = 1.25  # a pitch this much wider than needed is worth a copy
 MARGIN = 16  # floats behind each row of weights
 
 
-def lower(program: Program, lanes: int) -> Lowering:
-    """Return ``program`` as operators for vectors of ``lanes`` floats; ``finish`` gives the table."""
+def lowered(program: Program, lanes: int) -> tuple[Lowering, np.ndarray, np.ndarray]:
+    """Return ``program`` as operators for vectors of ``lanes`` floats, their table, and the image of a workspace."""
+    try:
+        low = lower(program, lanes, True)
+        return low, *low.finish()
+    except LooseError:
+        low = lower(program, lanes, False)
+        return low, *low.finish()
+
+
+def lower(program: Program, lanes: int, tight: bool) -> Lowering:
+    """Return ``program`` as operators, with rows that touch where vectors hold whole rows if ``tight``."""
     program = joined(program)
-    low = Lowering(program, lanes)
+    low = Lowering(program, lanes, may_be_tight=tight)
     for node in program.nodes:
         RULES[node.kind](low, node)
     value = program.result
@@ -61,8 +71,11 @@ def joined(program: Program) -> Program:
     return replace(program, nodes=tuple(node for node in nodes if node is not None))
 
 
-def _taps(node: Node, source: Store, size: tuple[int, int]) -> Callable[[], list[int]]:
-    """Make the border of ``source`` wide enough for the kernel of ``node``; return its byte offsets, for later."""
+def _taps(node: Node, source: Store, size: tuple[int, int], tight: bool = False) -> Callable[[], list[int]]:
+    """Make the border of ``source`` wide enough for the kernel of ``node``; return its byte offsets, for later.
+
+    ``tight`` needs no border at the sides.
+    """
     places = []
     for axis in range(2):
         reach = np.arange(node.kernel[axis]) * node.dilation[axis] - node.padding[axis]
@@ -70,7 +83,7 @@ def _taps(node: Node, source: Store, size: tuple[int, int]) -> Callable[[], list
     (phase_y, row), (phase_x, column) = places
     source.need((
         max(0, -int(row.min())), max(0, int(row.max()) + size[0] - source.height),
-        max(0, -int(column.min())), max(0, int(column.max()) + size[1] - source.width),
+        0 if tight else max(0, -int(column.min())), 0 if tight else max(0, int(column.max()) + size[1] - source.width),
     ))  # fmt: skip
 
     def offsets() -> list[int]:
@@ -80,6 +93,14 @@ def _taps(node: Node, source: Store, size: tuple[int, int]) -> Callable[[], list
     return offsets
 
 
+def _inside(low: Lowering, node: Node, width: int) -> list[int]:
+    """Return for each tap the bits of the lanes that it leaves inside their row of ``width`` pixels."""
+    reach = (np.arange(node.kernel[1]) * node.dilation[1] - node.padding[1]) // node.stride[1]
+    at = np.arange(low.lanes) % width + reach[:, None]
+    row = ((at >= 0) & (at < width)) @ (1 << np.arange(low.lanes))
+    return np.tile(row, node.kernel[0]).tolist()
+
+
 def _conv(low: Lowering, node: Node) -> None:
     value = node.ins[0]
     units, height, width = low.program.shapes[node.out]
@@ -87,7 +108,9 @@ def _conv(low: Lowering, node: Node) -> None:
     source = low.phases(value, node.stride, 0.0, False)
     if low.widest(source) > LIMIT * (source.width + node.padding[1]):
         source = low.phases(value, node.stride, 0.0, True)
-    taps = _taps(node, source, (height, width))
+    tight = low.may_be_tight and node.kernel[1] > 1 and source.width == width and low.lanes % width == 0
+    taps = _taps(node, source, (height, width), tight)
+    low.tight += [source] * tight
     dst = low.store(units, height, width) if node.residual is None else low.value(node.residual)
     low.plain[node.out] = dst
     dst.join(source)
@@ -106,7 +129,8 @@ def _conv(low: Lowering, node: Node) -> None:
         in_data=lambda: source.data, in_plane=lambda: source.plane, in_ids=ids, in_count=length,
         taps_at=lambda: low.arena.constant(taps(), np.int32), tap_count=count, entries=lambda: low.entries, res=res,
         floor=FLOORS[node.relu], groups=node.groups, in_per_group=inputs // node.groups,
-        out_per_group=units // node.groups,
+        out_per_group=units // node.groups, tight=int(tight),
+        tap_masks_at=low.arena.constant(_inside(low, node, width) if tight else [0] * count, np.int32),
     )  # fmt: skip
     if node.residual is not None and node.relu and not _positive(low.program, node.residual):
         _rectify(low, dst, only)

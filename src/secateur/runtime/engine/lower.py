@@ -25,6 +25,10 @@ def bits(value: float) -> int:
 FLOORS = {True: bits(0.0), False: bits(float("-inf"))}
 
 
+class LooseError(Exception):
+    """Lower again without tight planes."""
+
+
 @dataclass(eq=False)
 class Lowering:
     """The table in the making; fields that depend on the layout are functions, called at the end."""
@@ -42,6 +46,8 @@ class Lowering:
     entries: int = 0
     longest: int = 0
     actions: int = 0
+    may_be_tight: bool = True
+    tight: list[Store] = field(default_factory=list)
     late: list[tuple[int, Callable[[], np.ndarray]]] = field(default_factory=list)
 
     def step(self, name: str, **fields: Number) -> None:
@@ -122,15 +128,20 @@ class Lowering:
         return offset
 
     def finish(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the table, int64 (steps, WORDS), and the image of the workspace."""
+        """Return the table, int64 (steps, WORDS), and the image of the workspace.
+
+        Raises ``LooseError`` when a store whose readers count on touching rows shares a segment with a wider one.
+        """
         sizes = arrange(self.stores, self.lanes)
+        if any(store.floats != store.width for store in self.tight):
+            raise LooseError
         for store, (first, size) in sizes.items():
             offset = self.arena.place(size)
             store.data = offset + first
             if store.fill:
                 self.arena.begin.append((offset, np.full(size // 4, store.fill, dtype=np.float32)))
         self.zero = self.arena.place(max(size for _, size in sizes.values()))
-        self.entries = self.arena.place(8 * max(self.longest, 1))
+        self.entries = self.arena.place(16 * (self.longest + 1))
         self.arena.begin += [(offset, values()) for offset, values in self.late]
         table = np.zeros((len(self.steps), WORDS), dtype=np.int64)
         names = list(OPERATORS)

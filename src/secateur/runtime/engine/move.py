@@ -55,19 +55,19 @@ def _row(e: Emit, f: dict[str, Value], line: Value, row: Value) -> None:
     e.b.position_at_end(plain)
     with e.loop(I64(0), width, lanes) as (x, _):
         inside = _below(e, e.b.sub(width, x))
-        _put(e, _take(e, line, x, inside), row, x, inside)
+        e.give(e.take(line, x, inside), row, x, inside)
     e.b.branch(done)
     e.b.position_at_end(halves)
     with e.loop(I64(0), width, 2 * lanes) as (x, _):
         left = e.b.sub(width, x)
-        first = _take(e, line, x, _below(e, left))
-        second = _take(e, line, e.b.add(x, I64(lanes)), _below(e, e.b.sub(left, I64(lanes))))
+        first = e.take(line, x, _below(e, left))
+        second = e.take(line, e.b.add(x, I64(lanes)), _below(e, e.b.sub(left, I64(lanes))))
         half = e.b.sdiv(x, I64(2))
         for odd in (0, 1):
             order = ir.Constant(ir.VectorType(I32, lanes), [2 * i + odd for i in range(lanes)])
             number = e.b.sdiv(e.b.add(left, I64(1 - odd)), I64(2))
             at = e.at(row, f["dst_phase"]) if odd else row
-            _put(e, e.b.shuffle_vector(first, second, order), at, half, _below(e, number))
+            e.give(e.b.shuffle_vector(first, second, order), at, half, _below(e, number))
     e.b.branch(done)
     e.b.position_at_end(others)
     with e.loop(I64(0), width, 1) as (x, _):
@@ -81,17 +81,6 @@ def _below(e: Emit, limit: Value) -> Value:
     """Return a mask of the lanes whose number is below ``limit``."""
     numbers = ir.Constant(ir.VectorType(I64, e.lanes), list(range(e.lanes)))
     return e.b.icmp_signed("<", numbers, e.splat(limit))
-
-
-def _take(e: Emit, base: Value, index: Value, inside: Value) -> Value:
-    """Load the lanes ``inside`` at float ``index``; nothing else is read."""
-    name = f"llvm.masked.load.v{e.lanes}f32.p0"
-    return e.intrinsic(name, e.vector, [e.at(base, index, F32), I32(4), inside, e.floats(0.0)])
-
-
-def _put(e: Emit, value: Value, base: Value, index: Value, inside: Value) -> None:
-    name = f"llvm.masked.store.v{e.lanes}f32.p0"
-    e.intrinsic(name, ir.VoidType(), [value, e.at(base, index, F32), I32(4), inside])
 
 
 def store(module: ir.Module, lanes: int) -> ir.Function:

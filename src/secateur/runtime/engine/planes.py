@@ -47,7 +47,7 @@ def stats(module: ir.Module, lanes: int) -> ir.Function:
         plane = e.at(data, e.b.mul(channel, f["plane"]))
         with e.loop(I64(0), f["vectors"], 1, start) as (v, acc):
             raw = e.vload(plane, e.b.mul(v, I64(lanes)))
-            inside = e.b.bitcast(e.narrow(e.get(masks, v, I16)), ir.VectorType(ir.IntType(1), lanes))
+            inside = e.bools(e.get(masks, v, I16))
             x = e.b.select(inside, raw, start)
             size = e.intrinsic(f"llvm.fabs.v{lanes}f32", e.vector, [x])
             term = e.b.select(kind[0], size, e.b.select(kind[2], e.b.fmul(x, x), x))

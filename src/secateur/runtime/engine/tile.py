@@ -21,22 +21,33 @@ def heights(lanes: int) -> tuple[int, ...]:
     return HEIGHTS if lanes == 16 else HEIGHTS[1:]
 
 
-def tile(module: ir.Module, lanes: int, height: int, width: int) -> ir.Function:
+def tile(module: ir.Module, lanes: int, height: int, width: int, tight: bool) -> ir.Function:
     """Write the micro-kernel of ``height`` outputs and ``width`` vectors.
 
-    Arguments: workspace, list of (input offset, weight offset) int32 pairs in bytes, its length, first lane, the
-    arrays of S, T, row address, destination offset and residual offset from the first output on, floor, masks.
+    Arguments: workspace, list of entries, its length, first lane, the arrays of S, T, row address, destination
+    offset and residual offset from the first output on, floor, masks.  An entry is (input offset, weight offset) in
+    bytes, int32.  Rows of a ``tight`` plane touch, so its entries say too which lanes the tap leaves inside their
+    row: (input offset, weight offset, bits, 0).
     """
-    e = Emit(module, f"tile_{height}x{width}", [PTR, PTR, I64, I64, PTR, PTR, PTR, PTR, PTR, F32, PTR], lanes)
+    e = Emit(
+        module,
+        f"tile_{height}x{width}{'_tight' if tight else ''}",
+        [PTR, PTR, I64, I64, PTR, PTR, PTR, PTR, PTR, F32, PTR],
+        lanes,
+    )
     ws, entries, count, lane, scales, shifts, rows, dst, res, floor, masks = e.function.args
     b = e.b
     base = e.at(ws, lane, F32)
     row = [e.get(rows, I64(r), PTR) for r in range(height)]
     with e.loop(I64(0), count, 1, *[e.floats(0.0)] * (height * width)) as (k, acc):
-        pair = b.shl(k, I64(1))
+        pair = b.shl(k, I64(2 if tight else 1))
         x_at = e.at(base, b.sext(e.get(entries, pair, I32), I64))
         w_at = b.sext(e.get(entries, b.or_(pair, I64(1)), I32), I64)
-        x = [e.vload(x_at, I64(lanes * v)) for v in range(width)]
+        if tight:
+            inside = e.bools(e.get(entries, b.or_(pair, I64(2)), I32))
+            x = [e.take(x_at, I64(lanes * v), inside) for v in range(width)]
+        else:
+            x = [e.vload(x_at, I64(lanes * v)) for v in range(width)]
         for r in range(height):
             w = e.splat(b.load(e.at(row[r], w_at), typ=F32))
             for v in range(width):
