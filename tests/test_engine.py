@@ -201,11 +201,30 @@ def test_the_cache_is_private_and_checked(cache: Path) -> None:
 
 def test_a_damaged_entry_is_compiled_again(cache: Path) -> None:
     width = WIDTHS[-1]
-    native.run.cache_clear()
-    native.run(width)
+    native.functions.cache_clear()
+    native.functions(width)
     (file,) = cache.iterdir()
     good = file.read_bytes()
     file.write_bytes(good[:100])
-    native.run.cache_clear()
-    native.run(width)
+    native.functions.cache_clear()
+    native.functions(width)
     assert file.read_bytes() == good
+
+
+def test_two_threads_share_the_convolutions_of_one_sample() -> None:
+    x = varied(1)
+    model = curious(gate(lived(resnet20(width=16, depth=8)), 0.5, x).model, varied(4))
+    one, two = (compile_engine(model, x, strict=True, threads=threads) for threads in (1, 2))
+    expected = one(x)
+    with torch.no_grad():
+        assert off(expected, model(x)) <= 1e-4
+    assert all(torch.equal(two(x), expected) for _ in range(20))
+
+
+def test_maps_whose_rows_cannot_touch() -> None:
+    """8 pixels are half a vector, but the second convolution widens the map."""
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=2), nn.ReLU()]
+    x = varied(2, 3, 8, 8)
+    model = nn.Sequential(*layers, nn.Conv2d(8, 4, 3)).eval()
+    with torch.no_grad():
+        assert off(compile_engine(model, x, strict=True)(x), model(x)) <= 1e-4

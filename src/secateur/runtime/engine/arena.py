@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from secateur.runtime.engine.team import HEAD
 from secateur.types import EngineError
 
-HEAD = 64  # three words: addresses of image, result, actions
 SLACK = 8192  # vectors read beyond the last plane
 ALIGNED = 64
 

@@ -17,7 +17,8 @@ LINEAR = (
     "in_ids",
     "in_count",
     "compact",  # 1: value number a of the list lies at a, not at its channel
-    "weights_at",  # (channels * height * width, padded outputs) float32
+    "weights_at",  # (blocks of outputs, channels * height * width, outputs of a block) float32
+    "inputs",  # channels * height * width
     "bias_at",
     "padded",  # outputs, rounded up to whole blocks
     "floor",
@@ -53,19 +54,20 @@ def linear(module: ir.Module, lanes: int) -> ir.Function:
     data, ids, out = (e.at(ws, f[n]) for n in ("in_data", "in_ids", "out_data"))
     count = e.get(e.at(ws, f["in_count"]), I64(0), I64)
     low = e.splat(e.b.bitcast(e.b.trunc(f["floor"], I32), F32))
-    pixels = e.b.mul(f["height"], f["width"])
+    pixels, size = e.b.mul(f["height"], f["width"]), I64(BLOCK * lanes)
     with e.loop(I64(0), f["padded"], BLOCK * lanes) as (j, _):
         begin = [e.vload(bias, e.b.add(j, I64(v * lanes))) for v in range(BLOCK)]
         with e.loop(I64(0), count, 1, *begin) as (a, acc):
             channel = e.b.sext(e.get(ids, a, I32), I64)
             place = e.b.select(e.b.icmp_signed("!=", f["compact"], I64(0)), a, channel)
             plane = e.at(data, e.b.mul(place, f["in_plane"]))
-            row = e.at(weights, e.b.add(e.b.mul(e.b.mul(channel, pixels), f["padded"]), j), F32)
+            first = e.b.add(e.b.mul(channel, pixels), e.b.mul(e.b.udiv(j, size), f["inputs"]))
+            row = e.at(weights, e.b.mul(first, size), F32)
             with e.loop(I64(0), f["height"], 1, *acc) as (y, inner):
                 line = e.at(plane, e.b.mul(y, f["pitch"]))
                 with e.loop(I64(0), f["width"], 1, *inner) as (x, last):
                     number = e.b.add(e.b.mul(y, f["width"]), x)
-                    here = e.at(row, e.b.mul(number, f["padded"]), F32)
+                    here = e.at(row, e.b.mul(number, size), F32)
                     value = e.splat(e.get(line, x, F32))
                     last[:] = [e.fma(value, e.vload(here, I64(v * lanes)), last[v]) for v in range(BLOCK)]
                 inner[:] = last

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from llvmlite import ir
 
 from secateur.runtime.engine.emit import F32, I32, I64, PTR, Emit, Value
+from secateur.runtime.engine.team import helper, share
 from secateur.runtime.engine.tile import WIDTHS, heights
 
 # fields of the descriptor (int64 each); *_at are absolute addresses, the others bytes from the workspace or numbers
@@ -39,7 +40,9 @@ Tiles = Mapping[tuple[int, int, bool], ir.Function]
 
 def convolve(module: ir.Module, lanes: int, tiles: Tiles) -> ir.Function:
     """Write ``convolve(descriptor, workspace)``, group after group; see ``FIELDS``."""
-    core = _core(module, lanes, tiles)
+    cover = _cover(module, lanes, tiles)
+    helper(module, lanes, cover)
+    core = _core(module, lanes, cover)
     e = Emit(module, "convolve", [PTR, PTR], lanes)
     desc, ws = e.function.args
     f = {name: e.field(desc, number) for number, name in enumerate(FIELDS)}
@@ -64,36 +67,44 @@ def _reach(e: Emit, ids: Value, begin: Value, count: Value, limit: Value) -> Val
     return end[0]
 
 
-def _core(module: ir.Module, lanes: int, tiles: Tiles) -> ir.Function:
+def _core(module: ir.Module, lanes: int, cover: ir.Function) -> ir.Function:
     """Write the convolution of inputs [a, b) of the list with outputs [c, d), weights counted from channel ``base``."""
     e = Emit(module, "convolve_group", [PTR, PTR, *[I64] * 5], lanes)
     desc, ws, in_begin, in_end, done, n_out, base = e.function.args
     f = {name: e.field(desc, number) for number, name in enumerate(FIELDS)}
-    at = {n: e.at(ws, f[n]) for n in ("in_ids", "entries", "scales", "shifts", "rows", "dst", "res")}
+    at = {n: e.at(ws, f[n]) for n in ("in_ids", "entries")}
     length = _entries(e, f, at["in_ids"], in_begin, in_end, base, at["entries"])
-    at["masks_at"] = e.b.inttoptr(f["masks_at"], PTR)
-    done_block = e.function.append_basic_block("done")
-    blocks = {tight: e.function.append_basic_block("tight" if tight else "wide") for tight in (False, True)}
-    e.b.cbranch(e.b.icmp_signed("!=", f["tight"], I64(0)), blocks[True], blocks[False])
-    for tight, block in blocks.items():
-        e.b.position_at_end(block)
-        chosen = {(h, w): function for (h, w, kind), function in tiles.items() if kind == tight}
-        _cover(e, f, at, (ws, length, done, n_out), chosen)
-        e.b.branch(done_block)
-    e.b.position_at_end(done_block)
+    share(e, ws, (desc, length, done, n_out), cover)
     e.b.ret_void()
     return e.function
 
 
-def _cover(
-    e: Emit,
-    f: Mapping[str, Value],
-    at: Mapping[str, Value],
-    state: tuple[Value, Value, Value, Value],
-    tiles: Mapping[tuple[int, int], ir.Function],
+def _cover(module: ir.Module, lanes: int, tiles: Tiles) -> ir.Function:
+    """Write ``cover(descriptor, workspace, length of the list, first output, end)``: tiles over outputs and pixels."""
+    e = Emit(module, "cover", [PTR, PTR, I64, I64, I64], lanes)
+    desc, ws, length, done, n_out = e.function.args
+    f = {name: e.field(desc, number) for number, name in enumerate(FIELDS)}
+    end, blocks = e.function.append_basic_block("end"), {}
+    for tight in (False, True):
+        blocks[tight] = e.function.append_basic_block("tight" if tight else "wide")
+    e.b.cbranch(e.b.icmp_signed("!=", f["tight"], I64(0)), blocks[True], blocks[False])
+    for tight, block in blocks.items():
+        e.b.position_at_end(block)
+        chosen = {(h, w): function for (h, w, kind), function in tiles.items() if kind == tight}
+        _lay(e, f, (ws, length, done, n_out), chosen)
+        e.b.branch(end)
+    e.b.position_at_end(end)
+    e.b.ret_void()
+    return e.function
+
+
+def _lay(
+    e: Emit, f: Mapping[str, Value], state: tuple[Value, ...], tiles: Mapping[tuple[int, int], ir.Function]
 ) -> None:
-    """Cover outputs and pixels with tiles: the tallest first, for the rest smaller ones."""
+    """Lay the tallest tiles first, for the rest smaller ones."""
     ws, length, done, n_out = state
+    at = {n: e.at(ws, f[n]) for n in ("entries", "scales", "shifts", "rows", "dst", "res")}
+    masks = e.b.inttoptr(f["masks_at"], PTR)
     floor = e.b.bitcast(e.b.trunc(f["floor"], I32), F32)
     for height in heights(e.lanes):
         size = I64(height)
@@ -105,8 +116,7 @@ def _cover(
             for width in WIDTHS:
                 stop = e.b.add(lane, e.b.mul(_tiles(e, f["vectors"], lane, width), I64(width * e.lanes)))
                 with e.loop(lane, stop, width * e.lanes) as (first, _):
-                    given = [ws, at["entries"], length, first, *lists, floor, at["masks_at"]]
-                    e.b.call(tiles[height, width], given)
+                    e.b.call(tiles[height, width], [ws, at["entries"], length, first, *lists, floor, masks])
                 lane = stop
         done = end
 

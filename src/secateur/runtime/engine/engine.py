@@ -14,6 +14,7 @@ from torch import nn
 
 from secateur.runtime.engine import native
 from secateur.runtime.engine.layers import lowered
+from secateur.runtime.engine.team import HEAD, HELPED, STOP, TICKET
 from secateur.runtime.program import read
 from secateur.types import EngineError
 
@@ -24,14 +25,15 @@ ALIGNED = 64
 class Engine:
     """A compiled network: ``engine(x)`` for x (B, C, H, W) of the compiled size, any B; any number of threads.
 
-    ``threads`` share a batch, sample by sample.  ``paths`` are the layers that take actions, in their order.
+    ``threads`` share a batch, sample by sample, or the convolutions of a single sample.  ``paths`` are the layers that
+    take actions, in their order.
     """
 
     def __init__(self, model: nn.Module, example: torch.Tensor, threads: int, width: int) -> None:
         program = read(model, example)
         lowering, self.table, self._image = lowered(program, width)
         self._kept = lowering.arena.kept
-        self._run = native.run(width)
+        self._run, self._help = native.functions(width)
         self.shape = tuple(example.shape[1:])
         self.result = program.result_shape
         self.threads = threads
@@ -55,7 +57,7 @@ class Engine:
         jobs = [(x[a:b], out[a:b], None if chosen is None else chosen[a:b]) for a, b in itertools.pairwise(bounds)]
         if self._pool is None or len(jobs) < 2:
             for job in jobs:
-                self._work(*job)
+                self._work(*job, helpers=self.threads - 1)
         else:
             list(self._pool.map(lambda job: self._work(*job), jobs))
         return out
@@ -65,8 +67,8 @@ class Engine:
             raise EngineError(f"actions must name {self.paths} with one integer per sample; got {list(actions)}.")
         return torch.stack([actions[path].to(torch.int64) for path in self.paths], dim=1).contiguous()
 
-    def _work(self, x: torch.Tensor, out: torch.Tensor, actions: torch.Tensor | None) -> None:
-        """Run the samples of ``x`` in a workspace of their own."""
+    def _work(self, x: torch.Tensor, out: torch.Tensor, actions: torch.Tensor | None, helpers: int = 0) -> None:
+        """Run the samples of ``x`` in a workspace of their own, with ``helpers`` inside each convolution."""
         with self._lock:
             space = self._free.pop() if self._free else None
         if space is None:
@@ -75,11 +77,19 @@ class Engine:
             space = raw[begin : begin + len(self._image)]
             space[:] = self._image
         steps = np.array([_step(x), _step(out), 0 if actions is None else _step(actions)], dtype=np.int64)
-        table = self.table
         given = None if actions is None else actions.data_ptr()
         address = space.ctypes.data
-        pointers = (x.data_ptr(), out.data_ptr(), given, steps.ctypes.data)
-        self._run(table.ctypes.data, len(table), address, *pointers, len(x))
+        head = space[:HEAD].view(np.int64)
+        head[[HELPED, STOP, TICKET]] = int(helpers > 0), 0, 0
+        helping = [self._pool.submit(self._help, address) for _ in range(helpers)] if self._pool is not None else []
+        try:
+            pointers = (x.data_ptr(), out.data_ptr(), given, steps.ctypes.data)
+            self._run(self.table.ctypes.data, len(self.table), address, *pointers, len(x))
+        finally:
+            head[STOP] = 1
+            for helper in helping:  # none may look at the workspace later
+                if not helper.cancel():
+                    helper.result()
         with self._lock:
             self._free.append(space)
 

@@ -237,8 +237,9 @@ def _product(low: Lowering, weight: np.ndarray, bias: np.ndarray, relu: bool, ou
     """Add a matrix-vector product; ``weight`` is (inputs, outputs)."""
     padded = _padded(low, len(bias))
     room = ((0, 0), (0, padded - len(bias)))
+    blocks = np.pad(weight, room).reshape(len(weight), -1, BLOCK * low.lanes).swapaxes(0, 1)
     low.step(
-        "linear", **source, weights_at=low.arena.constant(np.pad(weight, room), np.float32),
+        "linear", **source, weights_at=low.arena.constant(blocks, np.float32), inputs=len(weight),
         bias_at=low.arena.constant(np.pad(bias, room[1]), np.float32), padded=padded, floor=FLOORS[relu], out_data=out,
     )  # fmt: skip
 

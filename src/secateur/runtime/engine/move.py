@@ -53,21 +53,28 @@ def _row(e: Emit, f: dict[str, Value], line: Value, row: Value) -> None:
     cases.add_case(I64(2), halves)
     width, lanes = f["width"], e.lanes
     e.b.position_at_end(plain)
-    with e.loop(I64(0), width, lanes) as (x, _):
+    whole = e.b.and_(width, I64(-lanes))
+    with e.loop(I64(0), whole, lanes) as (x, _):
+        e.vstore(e.vload(line, x), row, x)
+    with e.loop(whole, width, lanes) as (x, _):
         inside = _below(e, e.b.sub(width, x))
         e.give(e.take(line, x, inside), row, x, inside)
     e.b.branch(done)
     e.b.position_at_end(halves)
-    with e.loop(I64(0), width, 2 * lanes) as (x, _):
+    whole = e.b.and_(width, I64(-2 * lanes))
+    with e.loop(I64(0), whole, 2 * lanes) as (x, _):
+        pair = e.vload(line, x), e.vload(line, e.b.add(x, I64(lanes)))
+        for odd in (0, 1):
+            at = e.at(row, f["dst_phase"]) if odd else row
+            e.vstore(_every_other(e, pair, odd), at, e.b.sdiv(x, I64(2)))
+    with e.loop(whole, width, 2 * lanes) as (x, _):
         left = e.b.sub(width, x)
         first = e.take(line, x, _below(e, left))
         second = e.take(line, e.b.add(x, I64(lanes)), _below(e, e.b.sub(left, I64(lanes))))
-        half = e.b.sdiv(x, I64(2))
         for odd in (0, 1):
-            order = ir.Constant(ir.VectorType(I32, lanes), [2 * i + odd for i in range(lanes)])
             number = e.b.sdiv(e.b.add(left, I64(1 - odd)), I64(2))
             at = e.at(row, f["dst_phase"]) if odd else row
-            e.give(e.b.shuffle_vector(first, second, order), at, half, _below(e, number))
+            e.give(_every_other(e, (first, second), odd), at, e.b.sdiv(x, I64(2)), _below(e, number))
     e.b.branch(done)
     e.b.position_at_end(others)
     with e.loop(I64(0), width, 1) as (x, _):
@@ -75,6 +82,12 @@ def _row(e: Emit, f: dict[str, Value], line: Value, row: Value) -> None:
         e.put(e.get(line, x, F32), at, e.b.udiv(x, f["stride_x"]))
     e.b.branch(done)
     e.b.position_at_end(done)
+
+
+def _every_other(e: Emit, pair: tuple[Value, Value], odd: int) -> Value:
+    """Return the even or the odd lanes of two vectors."""
+    order = ir.Constant(ir.VectorType(I32, e.lanes), [2 * i + odd for i in range(e.lanes)])
+    return e.b.shuffle_vector(*pair, order)
 
 
 def _below(e: Emit, limit: Value) -> Value:

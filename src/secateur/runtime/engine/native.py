@@ -36,8 +36,8 @@ def lanes() -> int:
 
 
 @functools.cache
-def run(width: int) -> Any:
-    """Return the compiled ``run`` of ``driver.source`` for vectors of ``width`` floats."""
+def functions(width: int) -> tuple[Any, Any]:
+    """Return the compiled ``run`` and ``help`` of ``driver.source`` for vectors of ``width`` floats."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     machine, key = _machine(width)
@@ -52,7 +52,8 @@ def run(width: int) -> Any:
     engine.finalize_object()
     _KEPT.append(engine)
     kinds = [ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * 5, ctypes.c_int64]
-    return ctypes.CFUNCTYPE(None, *kinds)(engine.get_function_address("run"))
+    run = ctypes.CFUNCTYPE(None, *kinds)(engine.get_function_address("run"))
+    return run, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(engine.get_function_address("help"))
 
 
 _KEPT: list[Any] = []  # code lives as long as its compiler

@@ -40,7 +40,8 @@ def gated(conv: nn.Conv2d, norm: nn.BatchNorm2d | None, density: float | None, p
     """Return the layer that equals ``conv`` and ``norm`` as long as its gate computes everything.
 
     ``density`` makes an FBS gate with phi = 0 and rho = gamma; a negative gamma is absorbed into the sign of filter
-    and running mean, a gamma of 0 into a filter of zeros.  ``density`` None makes a prefix gate of ``groups``.  ``conv`` is changed in place.
+    and running mean, a gamma of 0 into a filter of zeros.  ``density`` None makes a prefix gate of ``groups``.
+    ``conv`` is changed in place.
     """
     after = conv.out_channels
     gamma, beta = torch.ones_like(conv.weight[:, 0, 0, 0]), torch.zeros_like(conv.weight[:, 0, 0, 0])
