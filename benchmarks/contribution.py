@@ -3,7 +3,8 @@
 Usage: python -m benchmarks.contribution [--root ../shared/data] [--images 6400] [--repeats 7] [--json FILE]
 
 A plain epoch is forward, backward and SGD step over all images.  Beside it, in turn: an evidence pass over all images,
-over an eighth of them, and epochs on whose steps the evidence rides, from all samples and from each eighth.  Ratios are
+over an eighth of them, and epochs on whose steps the evidence rides as ``prune.criterion.evidence: training`` has it,
+from all samples of every batch and from each eighth (``prune.criterion.every``, 8 unless given).  Ratios are
 extra seconds over those of the plain epoch, median over rounds; rank correlations are with the scores of all images.
 The reference's own way, a loop over samples and next units, is timed on a small layer, values compared.
 """
@@ -26,9 +27,11 @@ import secateur as sc
 from benchmarks.criteria import spearman
 from secateur.criteria import Contribution, ratios
 from secateur.criteria.shares import Shares
+from secateur.criteria.streaming import Streaming
 from secateur.data import open_source, split
 from secateur.models import MODELS
 from secateur.score import score
+from secateur.train.loop import CHECK_EVERY
 
 BATCH = 128
 MEAN, TOP = Contribution(1, 0), Contribution(0, 1)
@@ -36,24 +39,29 @@ BAR = 0.15
 Batches = list[tuple[Tensor, Tensor]]
 
 
-def epoch(net: nn.Module, batches: Batches) -> None:
-    """Train once over the batches, plain SGD as in the reference."""
+def epoch(net: nn.Module, batches: Batches, riding: Streaming | None = None) -> None:
+    """Train once over the batches, plain SGD as in the reference; ``riding`` is served as the training loop does."""
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
-    for inputs, labels in batches:
+    for step, (inputs, labels) in enumerate(batches, 1):
+        if riding:
+            riding.start(len(labels))
         optimizer.zero_grad()
         nn.functional.cross_entropy(net.train()(inputs), labels).backward()
+        if riding:
+            riding.take()
         optimizer.step()
+        if riding and (step % CHECK_EVERY == 0 or step == len(batches)):
+            riding.settle()
 
 
 def ways(graph: sc.Graph, batches: Batches) -> dict[str, Callable[[], dict[str, Tensor]]]:
     """Return name -> a run, which returns the scores it came to."""
-    groups = [group for group in graph.groups if group.prunable]
     eighth = batches[::8]
 
     def ride(every: int) -> dict[str, Tensor]:
-        with Shares(graph, groups, MEAN.evidence, every=every) as shares:
-            epoch(graph.model, batches)
-        return {group.name: shares.read(group)["contributions"] for group in groups}
+        with Streaming(graph, MEAN, every) as riding:
+            epoch(graph.model, batches, riding)
+        return dict(score(graph, MEAN, sums=riding.sums).values)
 
     def plain() -> dict[str, Tensor]:
         epoch(graph.model, batches)
@@ -63,8 +71,8 @@ def ways(graph: sc.Graph, batches: Batches) -> dict[str, Callable[[], dict[str, 
         "plain epoch": plain,
         "pass over all": lambda: dict(score(graph, MEAN, batches).values),
         "pass over an eighth": lambda: dict(score(graph, MEAN, eighth).values),
-        "epoch, all samples ride": lambda: ride(1),
-        "epoch, each eighth rides": lambda: ride(8),
+        "training, all samples": lambda: ride(1),
+        "training, each eighth": lambda: ride(8),
         "maximum, an eighth": lambda: dict(score(graph, TOP, eighth).values),
     }
 
@@ -81,7 +89,7 @@ def measured(graph: sc.Graph, batches: Batches, repeats: int) -> list[dict]:
     rows = []
     for name, found in seconds.items():
         plain = seconds["plain epoch"]
-        extra = [(a - b if name.startswith("epoch") else a) / b for a, b in zip(found, plain, strict=True)]
+        extra = [(a - b if name.startswith("training") else a) / b for a, b in zip(found, plain, strict=True)]
         rows.append({"way": name, "cpu_seconds": statistics.median(found), "range": [min(found), max(found)]})
         rows[-1]["extra_over_plain"] = 0.0 if name == "plain epoch" else statistics.median(extra)
         rows[-1]["extra_range"] = [min(extra), max(extra)]
@@ -99,7 +107,7 @@ def agreement(graph: sc.Graph, batches: Batches) -> dict[str, dict[str, float]]:
     eighth = {group.name: shares.read(group)["contributions"] for group in groups}
     return {
         "pass over an eighth": {name: spearman(part[name], whole[name]) for name in whole},
-        "each eighth rides": {name: spearman(eighth[name], whole[name]) for name in whole},
+        "training, each eighth": {name: spearman(eighth[name], whole[name]) for name in whole},
     }
 
 

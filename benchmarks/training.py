@@ -4,7 +4,8 @@ Usage: python -m benchmarks.training [--rounds 9] [--threads N] [--only wide_res
 
 Theirs: eager float32, images of a torchvision-like dataset transformed one by one in a DataLoader (the S4 system:
 batch 128, reflected padding, crop, flip, 4 workers; S3: batch 32, no worker).  Ours: the loop of ``secateur run`` with
-its defaults, alone, with evidence for Fisher and for both forms of Taylor, and compiled.  Images are random bytes:
+its defaults, alone, with evidence for Fisher and for both forms of Taylor (of every step, and "sparse": of
+as many as a recipe takes by default of a large dataset), and compiled.  Images are random bytes:
 speed does not depend on them.  Times are wall clock; a round runs every way once, and ratios are taken within a round.
 """
 
@@ -34,6 +35,7 @@ from secateur.graph.groups import trace
 from secateur.models import MODELS
 from secateur.recipe import loads
 from secateur.session import costs
+from secateur.stages import SPARSE
 from secateur.train.devices import ALONE
 from secateur.train.loop import Cursor, Point, Watch, _train_epoch, _Work
 from secateur.train.precision import half_pays
@@ -140,7 +142,7 @@ def theirs(name: str, data: Dataset, batch: int) -> Callable[[], None]:
 
 
 def ours(
-    name: str, data: Dataset, criterion: Criterion | None, half: bool, compiled: bool = False
+    name: str, data: Dataset, criterion: Criterion | None, half: bool, compiled: bool = False, every: int = 1
 ) -> Callable[[], None]:
     """Return what runs an epoch of our loop, with evidence for ``criterion``."""
     case, model = CASES[name], network(name)
@@ -148,10 +150,11 @@ def ours(
     settings = replace(settings, compiled=compiled)
     riding = None
     if criterion is not None:
-        riding = Riding(trace(model, data.batch(data.train[:8])[0]), criterion)
+        riding = Riding(trace(model, data.batch(data.train[:8])[0]), criterion, every=every)
         riding.__enter__()
         settings = replace(settings, riding=riding)
     work = _Work(model, data, settings, Point(), Watch(), ALONE)
+    work.laid_out().__enter__()
     epoch = 0
 
     def run() -> None:
@@ -186,6 +189,8 @@ def measured(name: str, rounds: int) -> dict[str, object]:
     half = half_pays(graph.model, torch.device("cpu"), costs(graph)["macs"] * batch)
     ways = {"theirs": theirs(name, data, batch), "ours": ours(name, data, None, half)}
     ways |= {key: ours(name, data, criterion, half) for key, criterion in EVIDENCE.items()}
+    if case.steps >= 2 * SPARSE:
+        ways |= {f"{key}, sparse": ours(name, data, chosen, half, every=SPARSE) for key, chosen in EVIDENCE.items()}
     ways["compiled"] = ours(name, data, None, half, compiled=True)
     ways["compiled, fisher"] = ours(name, data, Fisher(), half, compiled=True)
     ways["loading"] = loading(name, data)
@@ -200,7 +205,8 @@ def measured(name: str, rounds: int) -> dict[str, object]:
     row["ms_per_step"] = {key: spread([1e3 * s for s in values]) for key, values in seconds.items()}
     row["images_per_s"] = {key: batch / statistics.median(seconds[key]) for key in ("theirs", "ours")}
     row["times_faster"] = spread(ratios(seconds["theirs"], seconds["ours"]))
-    row["evidence_cost"] = {k: spread([r - 1 for r in ratios(seconds[k], seconds["ours"])]) for k in EVIDENCE}
+    gathering = [key for key in ways if key.split(",")[0] in EVIDENCE]
+    row["evidence_cost"] = {k: spread([r - 1 for r in ratios(seconds[k], seconds["ours"])]) for k in gathering}
     row["times_faster_compiled"] = spread(ratios(seconds["theirs"], seconds["compiled"]))
     row["fisher_cost_compiled"] = spread([r - 1 for r in ratios(seconds["compiled, fisher"], seconds["compiled"])])
     row["loading_share"] = spread(ratios(seconds["loading"], seconds["ours"]))

@@ -20,11 +20,13 @@ def png(size: int, mode: str, seed: int) -> bytes:
     return file.getvalue()
 
 
-def write_packed(folder: Path, *, size: int = 28, mode: str = "L", train: int = 60, test: int = 20) -> None:
-    """Write ``train.parquet`` and ``test.parquet`` with random images and labels 0..9 in turn."""
+def write_packed(
+    folder: Path, *, size: int = 28, mode: str = "L", train: int = 60, test: int = 20, classes: int = 10
+) -> None:
+    """Write ``train.parquet`` and ``test.parquet`` with random images and labels 0 .. classes - 1 in turn."""
     folder.mkdir(parents=True)
-    names = {"info": {"features": {"label": {"names": [f"class {i}" for i in range(10)]}}}}
+    names = {"info": {"features": {"label": {"names": [f"class {i}" for i in range(classes)]}}}}
     for name, count in (("train", train), ("test", test)):
         images = [{"bytes": png(size, mode, seed), "path": f"{seed}.png"} for seed in range(count)]
-        table = pa.table({"image": images, "label": pa.array([i % 10 for i in range(count)], pa.int64())})
+        table = pa.table({"image": images, "label": pa.array([i % classes for i in range(count)], pa.int64())})
         pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(names)}), folder / f"{name}.parquet")

@@ -15,7 +15,7 @@ from handmade import data, small_graph
 from secateur import pipeline, resolve, ship
 from secateur.criteria import Evidence, Fisher, Magnitude, Normalised, Slice, Taylor
 from secateur.infer import open_model, predict
-from secateur.measure.accuracy import evaluate
+from secateur.measure.task import evaluate
 from secateur.recipe import loads
 from secateur.score import score
 from secateur.session import Screen

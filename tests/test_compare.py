@@ -17,6 +17,7 @@ from secateur.compare import compare, records, write
 from secateur.recipe import loads
 from secateur.report.arms import DENSE, PRUNED, RANDOM, SCRATCH, Arm, Comparison, front
 from secateur.report.compared import render, table
+from secateur.report.figures import CHARACTER, WIDTH
 from secateur.report.scatter import WIDE, Point, labels, scatter
 from secateur.types import CheckpointError, SecateurError
 from test_report import Closed
@@ -102,13 +103,14 @@ def test_labels_name_only_what_differs(tmp_path: Path) -> None:
     assert list(named(compare(paths))) == ["dense", "budget.units=0.5", "budget.macs=0.25"]
     paths.append(run(tmp_path / "c", 0.9, 500, "prune.budget={macs: 0.25}", "name=other", "train.lr=0.5"))
     assert list(named(compare(paths))) == [
-        "dense tiny, train.lr=0.001",
-        "dense other, train.lr=0.5",
+        "dense tiny",
+        "dense other",
         "tiny, budget.units=0.5, train.lr=0.001",
         "tiny, budget.macs=0.25, train.lr=0.001",
         "other, budget.macs=0.25, train.lr=0.5",
     ]
     assert [arm.label for arm in compare(paths[:1]).arms] == ["dense", "tiny"]
+    assert list(named(compare([paths[1], paths[2]]))) == ["dense tiny", "dense other", "tiny", "other"]  # names do
 
 
 def test_runs_of_one_seed_count_once(tmp_path: Path) -> None:
@@ -232,7 +234,7 @@ def test_the_page_is_whole_alone_and_escaped(tmp_path: Path) -> None:
     assert page.count("<svg") == 4
     assert page.count("polyline") - page.count("svg polyline") == 4
     for text in ("81.67 ± 2.08 %", "510 ± 10", "random control", "9 runs compared", "+10.00 ± 0.00"):
-        assert text in page, text
+        assert text in re.sub("<[^>]+>", "", page), text
     write(compare([tmp_path]), tmp_path / "new" / "page.html")
     assert (tmp_path / "new" / "page.html").read_text().startswith("<!doctype html>")
 
@@ -269,6 +271,15 @@ def test_wide_ranges_are_logarithmic() -> None:
     assert xs[1] == pytest.approx((xs[0] + xs[2]) / 2, abs=0.1)
     assert "cost, logarithmic" in svg
     assert "logarithmic" not in scatter("t", "cost", [Point(x, 0.5, 0, 0, 1, "p", "a") for x in (1, WIDE)], [], {})
+
+
+def test_the_legend_stays_in_the_figure() -> None:
+    names = dict.fromkeys("abcde", "from scratch, say") | {"front": "Pareto front"}
+    svg = scatter("t", "cost", [Point(1, 0.5, 0, 0, 1, "a", "x")], [], names)
+    words = re.findall(r'<text x="(\d+)" y="(\d+)">([^<]+)</text>', svg)
+    assert len(words) == 6
+    assert {y for _, y, _ in words} == {"13", "28"}
+    assert all(int(x) + CHARACTER * len(text) <= WIDTH for x, _, text in words)
 
 
 def test_extreme_points_give_a_figure() -> None:

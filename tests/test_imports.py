@@ -49,6 +49,7 @@ PARTS = {  # files that carry a part of one of the names above, or stand apart f
     "yaml_source": "pipeline",
     "resolve": "pipeline",
     "folder": "pipeline",
+    "pictures": "pipeline",
     "prune": "pipeline",
     "session": "pipeline",
     "ship": "pipeline",
@@ -79,8 +80,7 @@ def files() -> list[Path]:
 
 
 MODULES = {
-    ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts).removesuffix(".__init__"): path
-    for path in files()
+    ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts).removesuffix(".__init__"): path for path in files()
 }
 
 
@@ -147,17 +147,13 @@ def test_imports_point_one_way(path: Path) -> None:
 
 
 def test_no_reason_for_a_late_import_is_left_over() -> None:
-    used = {
-        (part(p), there) for p in files() if part(p) != "__init__" for there, early in imports(p) if not early
-    }
+    used = {(part(p), there) for p in files() if part(p) != "__init__" for there, early in imports(p) if not early}
     assert set(LATE) <= used
 
 
 def test_the_order_would_notice(tmp_path: Path) -> None:
     file = tmp_path / "a.py"
-    file.write_text(
-        "import secateur.cli\ndef f():\n    from secateur.models import build\n    import torch\n"
-    )
+    file.write_text("import secateur.cli\ndef f():\n    from secateur.models import build\n    import torch\n")
     assert list(imports(file)) == [("cli", True), ("models", False)]
 
 
@@ -177,7 +173,15 @@ def test_help_does_not_load_torch() -> None:
     if not (SOURCE / "cli.py").exists():
         pytest.skip("no command line yet")
     code = "import sys, secateur.cli; print([m for m in ('torch', 'torchvision') if m in sys.modules])"
-    found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
-    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert found.stdout.strip() == "[]"
+
+
+def test_a_cut_spares_the_import_of_the_compiler() -> None:
+    """It takes seconds, longer than most traces."""
+    code = (
+        "import sys, torch, secateur as sc; net = torch.nn.Sequential(torch.nn.Linear(4, 64), torch.nn.Linear(64, 2)); "
+        "sc.prune(net, torch.rand(1, 4)); print('torch._dynamo' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    assert found.stdout.strip() == "False"

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.measure.accuracy import evaluate
 from secateur.measure.latency import compare, latency
 from secateur.measure.summary import layers, table
+from secateur.measure.task import evaluate
 from secateur.types import MeasureError, Measurement
 
 

@@ -301,4 +301,4 @@ def test_figures_of_a_taught_epoch_are_told() -> None:
     data, student = digits(), halved(cnn())[1]
     with taught(student, cnn(1), data.batch(data.train[:4])[0], features=1.0) as guide:
         fit(student, data, plan(guide=guide, ema=0.9, mixup=0.2), watch=Watch(epoch=told.append))
-    assert told[0].train_loss > 0
+    assert told[0].train["loss"] > 0

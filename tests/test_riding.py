@@ -118,6 +118,22 @@ def test_the_steps_are_those_without_a_rider_and_it_leaves_nothing_behind() -> N
     assert not any(module._forward_pre_hooks for module in models[1].modules())
 
 
+def test_each_third_batch_can_be_enough() -> None:
+    graph = trace(network("small_cnn"), digits().batch(torch.arange(2))[0])
+    seen: list[tuple[int, int]] = []
+
+    class Noting(Riding):
+        def start(self, samples: int) -> None:
+            seen.append((len(seen), samples))
+            super().start(samples)
+
+    riding = Noting(graph, Fisher(), every=3)
+    fit(graph.model, digits(), Settings(2, 32, lambda p: torch.optim.SGD(p, 0.05), riding=riding))
+    assert len(seen) == 10
+    assert [step for step, samples in seen if samples] == [6, 9]  # of 5 to 9, the last epoch
+    assert riding.sums.samples == sum(samples for _, samples in seen) < 150
+
+
 @pytest.mark.parametrize("steps", [3, 7, 12])
 def test_as_many_steps_as_an_epoch_has_are_watched_at_most(steps: int) -> None:
     graph = trace(network("mlp"), digits().batch(torch.arange(2))[0])

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import secateur as sc
 from secateur import launch, pipeline
 from secateur.cli import app
-from secateur.grid import Cell, cells, folder_name, parse_grid
+from secateur.grid import Cell, cells, folder_name, parse_arms, parse_grid
 from secateur.launch import End, Here, threads
 from secateur.recipe import load, loads
 from secateur.session import Screen
@@ -56,7 +56,6 @@ def test_grids_are_split_at_commas_outside_brackets_and_quotes() -> None:
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        ([], "at least one"),
         (["seed"], "must be key=value"),
         (["=1"], "must be key=value"),
         (["seed=1,,2"], "must be key=value"),
@@ -68,6 +67,34 @@ def test_grids_are_split_at_commas_outside_brackets_and_quotes() -> None:
 def test_wrong_grids_are_refused(texts: list[str], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         parse_grid(texts)
+
+
+def test_a_sweep_needs_a_grid_or_arms(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="at least one --grid"):
+        cells(recipe, [], tmp_path / "out")
+
+
+def test_arms_of_several_values_go_with_every_point(recipe: Path, tmp_path: Path) -> None:
+    arms = [
+        "name=none  prune.budget={units: 1}",
+        "name=worst prune.criterion.worst=true",
+        "prune.criterion={name: random}",
+    ]
+    found = cells(recipe, ["seed=0,1"], tmp_path / "out", ["train.lr=0.5"], arms)
+    assert [(c.recipe.name, c.recipe.seed) for c in found] == [
+        (name, seed) for name in ("none", "worst", "tiny") for seed in (0, 1)
+    ]
+    assert [c.recipe.prune.budget.units for c in found] == [1, 1, 0.5, 0.5, 0.5, 0.5]
+    assert [c.recipe.prune.criterion.worst for c in found] == [False, False, True, True, False, False]
+    assert found[4].recipe.prune.criterion.name == "random"
+    assert len({c.folder for c in found}) == 6
+    assert len(cells(recipe, [], tmp_path / "out", (), arms)) == 3
+
+
+@pytest.mark.parametrize("texts", [[""], ["worst"], ["name=a", "name=a"], ["name=a prune.freeze"]])
+def test_wrong_arms_are_refused(texts: list[str]) -> None:
+    with pytest.raises(RecipeError, match="--arm"):
+        parse_arms(texts)
 
 
 def test_cells_are_the_product_with_safe_names(recipe: Path, tmp_path: Path) -> None:
@@ -229,7 +256,6 @@ def test_the_lock_outlives_a_killed_sweep(recipe: Path, tmp_path: Path, monkeypa
 
 def test_mistakes_at_the_command_line(recipe: Path, tmp_path: Path) -> None:
     for words, part in (
-        ([], "at least one"),
         (["--grid", "seed=0,x"], "seed = 'x'"),
         (["--grid", "train.lrr=1"], "did you mean 'lr'"),
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable
@@ -13,11 +14,11 @@ import torch
 from torch import nn
 
 from secateur.data import SOURCES, Dataset, Source, split
-from secateur.measure.accuracy import evaluate
+from secateur.measure.task import evaluate
 from secateur.models import MODELS
 from secateur.train import loop, resume
 from secateur.train.average import Average
-from secateur.train.layout import laid_out, like_weights
+from secateur.train.layout import gradients_alike, laid_out, like_weights
 from secateur.train.loop import Epoch, Point, Settings, TrainError, Watch, draw, fit, shuffled
 from secateur.train.mixup import mixup
 from secateur.train.optimizers import OPTIMIZERS
@@ -59,8 +60,8 @@ def test_it_learns_and_reports_each_epoch() -> None:
     rows: list[Epoch] = []
     fit(net(), split(SOURCES["digits"]()), plan(epochs=5), watch=Watch(epoch=rows.append))
     assert [row.epoch for row in rows] == [0, 1, 2, 3, 4]
-    assert rows[-1].validation_accuracy > 0.85
-    assert rows[-1].train_loss < rows[0].train_loss
+    assert rows[-1].quality.top1 > 0.85
+    assert rows[-1].train["loss"] < rows[0].train["loss"]
 
 
 def test_it_leaves_the_random_state_and_depends_on_its_seed_alone() -> None:
@@ -181,6 +182,31 @@ def test_the_layout_changes_the_last_digits_at_most_and_is_put_back() -> None:
     assert torch.equal(last, auto)
 
 
+@pytest.mark.parametrize("end", [nn.Flatten(), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())])
+def test_gradients_come_back_in_the_order_of_the_values(end: nn.Module) -> None:
+    def gradient(held: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(0)
+        relu, seen = nn.ReLU(), []
+        model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), relu, end, nn.LazyLinear(3))
+        model(inputs)
+        model.to(memory_format=torch.channels_last)
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        with gradients_alike(model, inputs) if held else contextlib.nullcontext():
+            assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+            handle = relu.register_forward_hook(lambda module, args, out: (out.register_hook(seen.append), None)[1])
+            model(inputs.contiguous(memory_format=torch.channels_last)).square().sum().backward()
+        handle.remove()
+        assert not any(len(module._forward_hooks) for module in model.modules())
+        return seen[0], model[0].weight.grad
+
+    inputs = torch.rand(8, 1, 8, 8)
+    (value, weight), (plain, other) = gradient(True), gradient(False)
+    assert value.is_contiguous(memory_format=torch.channels_last)
+    assert not plain.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(value, plain)
+    assert torch.allclose(weight, other, rtol=1e-5)
+
+
 def test_auto_layout_asks_the_model() -> None:
     inputs = torch.rand(2, 1, 8, 8)
     wide, viewing = cnn(), Viewing()
@@ -241,7 +267,7 @@ def test_the_average_is_the_recurrence_and_is_what_is_kept() -> None:
         assert torch.allclose(mean, weights.double(), atol=1e-6)
         assert torch.equal(own, unaveraged)
         assert not torch.equal(own, weights)
-    assert rows[0].validation_loss == pytest.approx(evaluate(kept, digits.batches("validation", 256)).loss)
+    assert rows[0].quality.loss == pytest.approx(evaluate(kept, digits.batches("validation", 256)).loss)
 
 
 def test_an_average_shows_itself_and_gives_the_weights_back() -> None:
@@ -277,18 +303,18 @@ def test_mixup_learns_and_its_draws_are_those_of_the_step() -> None:
     fit(plain, data(), plan())
     assert same(first, second)
     assert not same(first, plain)
-    assert rows[1].train_loss < rows[0].train_loss
+    assert rows[1].train["loss"] < rows[0].train["loss"]
 
 
 def test_top5_is_told_where_there_are_more_than_five_classes() -> None:
     rows: list[Epoch] = []
     fit(net(), data(), plan(epochs=1), watch=Watch(epoch=rows.append))
-    assert rows[0].train_accuracy < rows[0].train_top5 < 1
-    assert rows[0].validation_accuracy < rows[0].validation_top5 < 1
+    assert rows[0].train["accuracy"] < rows[0].train["top5"] < 1
+    assert rows[0].quality.top1 < rows[0].quality.top5 < 1
     images = torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8)
     three = split(Source("x", images, torch.arange(60) % 3, ("a", "b", "c")))
     fit(MODELS["mlp"](classes=3, image_size=8), three, plan(epochs=1), watch=Watch(epoch=rows.append))
-    assert (rows[1].train_top5, rows[1].validation_top5) == (None, None)
+    assert (rows[1].train["top5"], rows[1].quality.top5) == (None, None)
 
 
 @pytest.mark.parametrize("damage", [b"", b"hello", b"\xff" * 40])

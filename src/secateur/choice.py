@@ -23,9 +23,9 @@ def chosen(path: Path, overrides: Sequence[str], ask: Ask | None) -> Path:
     """
     base = path.with_suffix("") if path.suffix in (".yaml", ".yml") else path
     files = [] if path.exists() else sorted(base.parent.glob(f"{base.name}_*.yaml"))
-    if not files:
+    recipes = {name: file for file in files if file.stem == f"{base.name}_{(name := load(file).data.name)}"}
+    if not recipes:
         return path
-    recipes = {load(file).data.name: file for file in files}
     names = sorted(recipes, key=lambda name: (FIRST.index(name) if name in FIRST else len(FIRST), name))
     given = [word.partition("=")[2].strip() for word in overrides if word.partition("=")[0].strip() == "data.name"]
     rows = "\n".join(f"  {number}  {name:<14} {recipes[name]}" for number, name in enumerate(names, 1))

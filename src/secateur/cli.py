@@ -214,7 +214,7 @@ def evaluate(
     root: Annotated[str | None, typer.Option(metavar="DIR", help="Where the data is, when it moved.")] = None,
     trust: Trust = None,
 ) -> None:
-    """Measure loss and accuracy of a checkpoint on its data."""
+    """Measure loss and accuracy, or the ELBO, of a checkpoint on its data."""
     from secateur import infer
 
     parts = ("train", "validation", "test")
@@ -289,7 +289,7 @@ def compare(
         list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, folders of those, or record files.")
     ],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the page goes.")] = Path("compare.html"),
-    part: Annotated[str, typer.Option(help="Accuracy on which images: test or validation.")] = "test",
+    part: Annotated[str, typer.Option(help="Accuracy (or ELBO) on which images: test or validation.")] = "test",
 ) -> None:
     """Put runs beside each other: accuracy against size and speed, over seeds, with the controls."""
     from secateur.compare import compare as beside
@@ -315,6 +315,12 @@ def sweep(
         list[str] | None,
         typer.Option("--grid", metavar="KEY=A,B,...", help="A key and its values, e.g. seed=0,1,2; repeatable."),
     ] = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--arm", metavar="'KEY=VALUE ...'", help="Values that belong together, in each point; repeatable."
+        ),
+    ] = None,
     jobs: Annotated[
         int | None,
         typer.Option(min=1, help="Runs at once; they share the processor's threads. [default: 1; with --ray, all]"),
@@ -329,7 +335,7 @@ def sweep(
         Path | None, typer.Option("--out", metavar="DIR", help="Folder of the sweep. [default: runs/NAME-sweep]")
     ] = None,
 ) -> None:
-    """Run a recipe at every point of a grid, then compare; the same command again continues."""
+    """Run a recipe at every point of a grid, with each arm, then compare; the same command again continues."""
     from secateur.choice import chosen as one_of
     from secateur.compare import PAGE
     from secateur.recipe import load
@@ -343,7 +349,8 @@ def sweep(
     put = OnRay(ray, cpus, gpus) if ray else None
     try:
         with screen() as shown:
-            result = carry_out(recipe, grid or (), folder, overrides=overrides or (), jobs=jobs, screen=shown, ray=put)
+            values = {"overrides": overrides or (), "arms": arm or ()}
+            result = carry_out(recipe, grid or (), folder, **values, jobs=jobs, screen=shown, ray=put)
     except KeyboardInterrupt as stop:
         raise type(stop)(f"Finished cells are kept; the same command with --out {folder} continues.") from None
     if result.comparison:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING
 
 from secateur import during
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 def conflicts(recipe: Recipe) -> dict[Path, str]:
     """Return path -> rule for each value of ``recipe`` that another value rules out."""
-    checks = (_warmups, _recoveries, _schedules, _secrets, _evidence, during.conflicts)
+    checks = (_warmups, _recoveries, _schedules, _secrets, _evidence, _images, during.conflicts)
     return {path: rule for check in checks for path, rule in check(recipe).items()}
 
 
@@ -78,8 +79,9 @@ def _evidence(recipe: Recipe) -> dict[Path, str]:
     from secateur.criteria.evidence import STREAMED
 
     wanted = recipe.prune.criterion
-    if REGISTRY[wanted.name](**wanted.args).evidence & STREAMED:
-        return {("prune", "criterion", "evidence"): f"{wanted.name} is gathered in a pass of its own: take pass"}
+    streamed = REGISTRY[wanted.name](**wanted.args).evidence & STREAMED
+    if streamed and recipe.train.compile:
+        return {("prune", "criterion", "evidence"): f"{wanted.name} does not ride on compiled steps: take pass"}
     recover, several = recipe.recover, recipe.prune.schedule.several
     idle = recover.name == "none" or (recover.steps is None and recover.epochs == 0)
     why = "is gathered in the training before each cut: "
@@ -117,4 +119,28 @@ def _given(recipe: Recipe) -> dict[Path, str]:
         found["prune", "events"] = "counts the events of the history in prune.plan; give that too"
     if prune.normalise != "auto" and (prune.profile is not None or prune.allocation == "uniform"):
         found["prune", "normalise"] = "compares scores of different groups, which this allocation does not"
+    return found
+
+
+def _images(recipe: Recipe) -> dict[Path, str]:
+    """Models of the registry that take no classes make images; others are asked when they are built."""
+    from secateur.models import MODELS
+
+    builder = MODELS.get(recipe.model.name)
+    makes_images = builder is not None and "classes" not in inspect.signature(builder).parameters
+    return without_classes(recipe) if makes_images else {}
+
+
+def without_classes(recipe: Recipe) -> dict[Path, str]:
+    """Return path -> rule for each value that a model which makes images, not scores of classes, rules out."""
+    found: dict[Path, str] = {}
+    if recipe.data.normalize:
+        found["data", "normalize"] = "an autoencoder compares images in [0, 1]: leave them as they are (false)"
+    if "light" in recipe.data.augment:
+        found["data", "augment"] = "an autoencoder compares images in [0, 1], which light leaves; take another"
+    why = "needs labels, which an autoencoder does not use; leave it out"
+    keys = {"label_smoothing": recipe.train.label_smoothing, "mixup": recipe.train.mixup}
+    found |= {("train", key): why for key, value in keys.items() if value}
+    if recipe.recover.name == "distil":
+        found["recover", "name"] = "distil teaches scores of classes, which an autoencoder has not; take finetune"
     return found

@@ -22,11 +22,10 @@ from secateur.folder import CHECKPOINTS, HISTORY
 from secateur.history import History, longer
 from secateur.mask import dead_slices, tensors_of
 from secateur.measure import counts
-from secateur.measure.accuracy import logits
 from secateur.progressive import compose, relative, remaining
 from secateur.schedules import every
 from secateur.score import score
-from secateur.session import Run, figures, prunable
+from secateur.session import Run, prunable
 from secateur.ship import passport
 from secateur.train.held import held
 from secateur.train.loop import Settings, draw, shuffled
@@ -100,15 +99,9 @@ class Erosion:
         if not criterion.evidence & PER_SAMPLE:
             return score(live, criterion)
         half = resolve.precision(run.recipe, recovery.half(run))
-
-        def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-            inputs, labels = batch
-            with torch.autocast(inputs.device.type, half, enabled=half is not None):
-                found = logits(model(inputs))
-            return nn.functional.cross_entropy(found.float(), labels)
-
         parts = shuffled(run.data.train, wanted.batch_size, draw(run.recipe.seed, PHASE, event))
-        return score(live, criterion, (run.data.batch(part) for part in parts), loss=loss, samples=wanted.samples)
+        batches = (run.data.batch(part) for part in parts)
+        return score(live, criterion, batches, loss=run.task.scoring(half), samples=wanted.samples)
 
     def checkpoint(self, event: int) -> None:
         """Cut a copy out, prove it, and save and record it: the state with exactly ``event`` events."""
@@ -122,9 +115,9 @@ class Erosion:
             save(small, path, plan=run.plan, proof=proof, recipe=run.recipe.hash, extra=extra)
         quality = run.quality(small)
         left = counts.params(run.dense, run.plan.kept(run.dense))
-        row = {"params": left, "achieved": dict(run.plan.achieved), "file": path.name, **figures(quality)}
+        row = {"params": left, "achieved": dict(run.plan.achieved), "file": path.name, **quality.figures()}
         run.log.append("checkpoint", step=event, prunes=len(self.history.removals), **row)
-        run.screen.line(f"{event} of {len(self.targets)} cuts: {left:,} parameters, accuracy {quality.top1:.2%}")
+        run.screen.line(f"{event} of {len(self.targets)} cuts: {left:,} parameters, {run.task.told(quality.figures())}")
 
     def write_history(self) -> None:
         """Replace the history on the disk."""

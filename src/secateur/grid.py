@@ -1,4 +1,4 @@
-"""The cells of a sweep: every combination of the values of a grid, each a recipe of its own that was checked."""
+"""The cells of a sweep: every combination of the values of a grid and its arms, each a recipe of its own, checked."""
 
 from __future__ import annotations
 
@@ -48,13 +48,29 @@ def parse_grid(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
         if len(set(values)) < len(values):
             raise RecipeError(f"--grid {text!r}: a value is there twice.")
         grid[key] = values
-    if not grid:
-        raise RecipeError("a sweep needs at least one --grid key=value,value,... , for example --grid seed=0,1,2.")
     return grid
 
 
-def _split(text: str) -> list[str]:
-    """Return the parts of ``text`` between the commas that are in no brackets and no quotes."""
+def parse_arms(texts: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """Return the overrides of each arm: ``key=value`` words, spaces between them; those in brackets and quotes do not.
+
+    >>> parse_arms(["name=none prune.schedule.keep=1", "prune.criterion={name: random}"])
+    (('name=none', 'prune.schedule.keep=1'), ('prune.criterion={name: random}',))
+    """
+    arms = tuple(tuple(word for word in _split(text, " ") if word) for text in texts)
+    for text, words in zip(texts, arms, strict=True):
+        if not words or not all(word.partition("=")[1] for word in words):
+            raise RecipeError(
+                f"--arm {text!r} must be key=value words with spaces between them; values with spaces go in brackets "
+                "or quotes, for example 'name=random prune.criterion={name: random}'."
+            )
+    if len(set(arms)) < len(arms):
+        raise RecipeError("an --arm is there twice.")
+    return arms
+
+
+def _split(text: str, separator: str = ",") -> list[str]:
+    """Return the parts of ``text`` between the separators that are in no brackets and no quotes."""
     parts, depth, quote = [""], 0, ""
     for letter in text:
         if quote:
@@ -63,23 +79,28 @@ def _split(text: str) -> list[str]:
             quote = letter
         else:
             depth += (letter in OPEN) - (letter in CLOSED)
-        if letter == "," and depth == 0 and not quote:
+        if letter == separator and depth == 0 and not quote:
             parts.append("")
         else:
             parts[-1] += letter
     return parts
 
 
-def cells(recipe: Path, grid: Sequence[str], folder: Path, overrides: Sequence[str] = ()) -> tuple[Cell, ...]:
+def cells(
+    recipe: Path, grid: Sequence[str], folder: Path, overrides: Sequence[str] = (), arms: Sequence[str] = ()
+) -> tuple[Cell, ...]:
     """Return every cell, checked: a recipe that loads, a folder that no other recipe has.
 
-    Raises ``RecipeError`` that names the cell.
+    Each of ``arms``, overrides that belong together, goes with every point of ``grid``.  Raises ``RecipeError`` that
+    names the cell.
     """
-    table = parse_grid(grid)
+    table, sides = parse_grid(grid), parse_arms(arms)
+    if not table and not sides:
+        raise RecipeError("a sweep needs at least one --grid key=value,value,... , for example --grid seed=0,1,2.")
     found: list[Cell] = []
     hashes: dict[str, str] = {}
-    for values in itertools.product(*table.values()):
-        words = [f"{key}={value}" for key, value in zip(table, values, strict=True)]
+    for side, *values in itertools.product(sides or ((),), *table.values()):
+        words = [*side, *(f"{key}={value}" for key, value in zip(table, values, strict=True))]
         name = folder_name(words)
         chosen = load(recipe, [*overrides, *words])
         if chosen.hash in hashes:

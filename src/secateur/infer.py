@@ -17,8 +17,9 @@ from secateur.checkpoint import load, read_header
 from secateur.data import Dataset
 from secateur.data.dataset import scaled
 from secateur.data.parquet import BROKEN_IMAGE
-from secateur.measure.accuracy import Quality, logits
-from secateur.measure.accuracy import evaluate as measure
+from secateur.measure.accuracy import logits
+from secateur.measure.quality import Quality
+from secateur.measure.task import evaluate as measure
 from secateur.sections import Data
 from secateur.types import CheckpointError, DataError
 
@@ -100,7 +101,7 @@ def _pixels(reader: Reader, path: Path, invert: bool) -> torch.Tensor:
 
 
 def evaluate(reader: Reader, part: str = "test", *, root: str | None = None) -> tuple[Quality, Dataset]:
-    """Return loss and accuracy on a part of the data that the model was made for, and that data.
+    """Return loss and accuracy, or the ELBO, on a part of the data that the model was made for, and that data.
 
     ``root`` is where the data is now, when it moved.
     """

@@ -14,7 +14,7 @@ from secateur.fold import Folded, fold
 from secateur.folder import COMPACT
 from secateur.granularity import left, masks
 from secateur.measure.latency import compare, describe
-from secateur.session import Run, costs, figures, traced
+from secateur.session import Run, costs, traced
 from secateur.train.held import astray
 from secateur.types import Check, Graph, Measurement, Plan, Proof, Scores, VerificationError
 
@@ -91,7 +91,7 @@ def compacted(run: Run, model: nn.Module, extra: Mapping[str, Any]) -> Folded:
         removed=found.removed,
         stays=stays,
         error=found.error,
-        validation=figures(run.quality(found.model)),
+        validation=run.quality(found.model).figures(),
         measurements=[asdict(row) for row in rows],
     )
     gone, left_over = sum(found.removed.values()), sum(row["units"] for row in stays)

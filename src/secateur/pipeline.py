@@ -22,13 +22,14 @@ from torch import nn
 from secateur import resolve
 from secateur.allocate import matching
 from secateur.checkpoint import load
+from secateur.conflicts import without_classes
 from secateur.criteria import Magnitude
 from secateur.criteria.evidence import DATA
 from secateur.cutting import allocate
 from secateur.data import Dataset
 from secateur.folder import DENSE, HELD, RECORDS, REWIND, STATE, choose, complete, write_recipe
-from secateur.measure.accuracy import logits
 from secateur.measure.latency import describe
+from secateur.measure.task import task_of
 from secateur.progressive import whole
 from secateur.recipe import Recipe
 from secateur.score import score
@@ -151,12 +152,16 @@ def plan_stages(cuts: int, masks: bool = False) -> list[tuple[str, int]]:
 def _check_early(recipe: Recipe, dense: Graph, data: Dataset) -> None:
     """Try the last cut on the untrained model, and its output; raises what would come too late."""
     with torch.no_grad():
-        scores = logits(dense.model.eval()(*dense.args))
-    if scores.shape[1] != len(data.classes):
+        output = dense.model.eval()(*dense.args)
+    task = task_of(dense.model)
+    if wrong := task.misfit(output, dense.args[0], len(data.classes)):
         raise RecipeError(
-            f"model.name = {recipe.model.name!r}: it returns {scores.shape[1]} scores per image, the dataset "
-            f"{data.source.name!r} has {len(data.classes)} classes; set the builder's argument in model.args."
+            f"model.name = {recipe.model.name!r} on {data.source.name!r}: {wrong}; set the builder's arguments in "
+            "model.args."
         )
+    if problems := {"reconstruction": without_classes(recipe)}.get(task.name):
+        rows = [f"{'.'.join(map(str, path))}: {rule}" for path, rule in problems.items()]
+        raise RecipeError(f"model.name = {recipe.model.name!r} makes images: " + "; ".join(rows) + ".")
     wanted = resolve.criterion(recipe)
     graph = scored(recipe, dense)
     matching(graph, recipe.prune.only)
@@ -193,7 +198,7 @@ def _started(run: Run, at: dict[str, Any] | None) -> nn.Module:
         for g in scored(recipe, graph).groups
     ]
     figures = costs(graph)
-    run.log.append("model", name=recipe.model.name, groups=groups, seconds=graph.seconds, **figures)
+    run.log.append("model", name=recipe.model.name, task=run.task.name, groups=groups, seconds=graph.seconds, **figures)
     run.screen.line(
         f"{recipe.model.name} on {data.source.name}: {figures['params']:,} parameters, "
         f"{figures['macs']:,} MACs; {sizes['train']:,} images to train, {sizes['validation']:,} to validate, "

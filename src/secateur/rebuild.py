@@ -57,6 +57,8 @@ def looks(model: nn.Module) -> dict[str, str]:
 class _Ration(TorchDispatchMode):
     """Refuse to allocate more than ``limit`` bytes in all: the sizes come from a file nobody vouches for."""
 
+    _should_skip_dynamo = classmethod(lambda cls: False)  # as in trace.py
+
     def __init__(self, limit: int) -> None:
         super().__init__()
         self.limit, self.left = limit, limit

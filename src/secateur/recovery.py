@@ -16,9 +16,9 @@ from torch import nn
 from secateur import resolve
 from secateur.compact import LINEAGE, Surgery, compact_optimizer, reshape
 from secateur.folder import HELD, REWIND
-from secateur.measure.accuracy import Quality
+from secateur.measure.quality import Quality
 from secateur.progressive import whole
-from secateur.session import Run, costs, figures
+from secateur.session import Run, costs
 from secateur.track.local import read
 from secateur.train.average import tensors_of
 from secateur.train.distil import taught
@@ -55,8 +55,10 @@ def begin(run: Run, model: nn.Module, step: int, point: Point) -> Point:
         batches = chosen[: recover.recalibrate]
         norms = recalibrate(model, (data.batch(indices)[0] for indices in batches))
         quality = run.quality(model)
-        run.log.append("recalibrated", step=step, norms=norms, batches=len(batches), **figures(quality))
-        run.screen.line(f"{norms} batch norms recalibrated on {len(batches)} batches: accuracy {quality.top1:.2%}")
+        run.log.append("recalibrated", step=step, norms=norms, batches=len(batches), **quality.figures())
+        run.screen.line(
+            f"{norms} batch norms recalibrated on {len(batches)} batches: {run.task.told(quality.figures())}"
+        )
     return BEGINNINGS[recover.name](run, model, step, point)
 
 
@@ -119,7 +121,7 @@ def holds(run: Run, model: nn.Module, step: int, quality: Quality) -> bool:
         return True
     with run.team.copy_of(run.log.path) as here:
         dense = next(record.data for record in read(here) if record.stage == "dense")
-    if dense["top1"] - quality.top1 > allowed:
+    if run.task.drop(dense, quality.figures()) > allowed:
         return False
     if run.team.lead:
         write_state(run.folder / HELD, State(step, run.log.count, Point(), tensors_of(model), run.plan.to_json()))
@@ -132,11 +134,11 @@ def back(run: Run, step: int) -> nn.Module:
         state = read_state(path) if path.exists() else State(0, 0, Point(), tensors_of(run.dense.model))
     run.plan = Plan.from_json(state.plan) if state.plan else whole(run.dense)
     model = run.shrunk(state.model)
-    run.log.append("stopped", step=step, back_to=state.stage, **figures(run.quality(model)))
+    run.log.append("stopped", step=step, back_to=state.stage, **run.quality(model).figures())
     kept = f"the model of cut {state.stage}" if state.stage else "the dense model"
     run.screen.line(
-        f"stopped: after cut {step} the validation accuracy is more than {run.recipe.prune.stop_drop:.2%} "
-        f"below that of the dense model; {kept} is kept"
+        f"stopped: after cut {step} the model is more than {run.recipe.prune.stop_drop:.2%} worse on validation images "
+        f"than the dense one; {kept} is kept"
     )
     return model
 

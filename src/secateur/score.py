@@ -62,6 +62,7 @@ def score(
     for number, group in enumerate(graph.groups):
         parts = rows.get(group.name, {})
         total = sums.values.get(group.name) if sums is not None and gathered else None
+        parts = sums.streamed.get(group.name, parts) if sums is not None and gathered else parts
         if not group.prunable or (names & DATA and not parts and total is None):
             continue  # frozen, or never seen in the pass
         found: dict[str, Any] = dict(_slices(group, names, tensors))

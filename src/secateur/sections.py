@@ -39,7 +39,7 @@ class Data(Section):
     limit: Count | None = None
     """use at most this many training images"""
     normalize: bool = False
-    """subtract the mean and divide by the deviation of the training images, per channel"""
+    """subtract the mean and divide by the deviation of the training images, per channel (not for autoencoders)"""
     augment: Literal[
         "none",
         "flip",
@@ -116,7 +116,9 @@ class Score(Section):
     args: dict[str, JsonValue] = {}
     """arguments of the criterion, e.g. {form: elementwise} of taylor, {p: 1} of magnitude"""
     evidence: Literal["pass", "training"] = "pass"
-    """where the gradients come from: a pass of its own before each cut, or the last epoch of training before it"""
+    """where data is read: in a pass of its own before each cut, or in the last epoch of training before it"""
+    every: Count | None = None
+    """of training: each so-many-th batch, of contribution image, is read (null: at most 8, and `samples` or more)"""
     samples: Count = 1024
     """training images that are shown to the criterion in a pass"""
     batch_size: Count = 256
@@ -234,7 +236,7 @@ class Prune(Section):
     freeze: Names = ()
     """group or module name patterns that stay whole"""
     stop_drop: Share | None = None
-    """stop when a recovered model is more than this below the dense one in validation accuracy, keep the one before"""
+    """stop when a recovered model lost more validation accuracy (ELBO: this fraction) than this, keep the one before"""
 
 
 class Distil(Section):

@@ -18,7 +18,8 @@ from secateur.folder import STATE
 from secateur.granularity import MASKED, SELECTED, masks, units
 from secateur.graph.groups import trace
 from secateur.measure import counts
-from secateur.measure.accuracy import Quality
+from secateur.measure.quality import Quality, Task
+from secateur.measure.task import task_of
 from secateur.recipe import Recipe
 from secateur.track.local import Log
 from secateur.train.average import tensors_of
@@ -68,6 +69,11 @@ class Run:
         return self.dense.args[0]
 
     @property
+    def task(self) -> Task:
+        """What the model is trained for."""
+        return task_of(self.dense.model)
+
+    @property
     def targets(self) -> tuple[float, ...]:
         """The fraction of the dense model that stays after each cut."""
         if self.given is not None:
@@ -84,7 +90,7 @@ class Run:
         return masks(replace(self.dense, model=model), self.plan) if self.masking and self.plan.keep else {}
 
     def quality(self, model: nn.Module, part: str = "validation") -> Quality:
-        """Return loss and accuracy of ``model`` on a part of the data."""
+        """Return how good ``model`` is on a part of the data."""
         return quality(model, self.data, part, max(256, self.recipe.train.batch_size), self.team)
 
     def save_state(self, stage: int, model: nn.Module, point: Point) -> None:
@@ -121,11 +127,6 @@ def scored(recipe: Recipe, graph: Graph) -> Graph:
     if recipe.prune.granularity not in MASKED:
         return graph
     return limited(units(graph, recipe.prune.granularity), recipe.prune.only)
-
-
-def figures(quality: Quality) -> dict[str, float | None]:
-    """Return loss and accuracies for a record; ``top5`` is None where there are at most 5 classes."""
-    return {"loss": quality.loss, "top1": quality.top1, "top5": quality.top5, "n": quality.n}
 
 
 def costs(graph: Graph) -> dict[str, int]:

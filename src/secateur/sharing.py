@@ -32,7 +32,7 @@ def training_hash(recipe: Recipe) -> str:
     recover = recipe.recover
     left: list[object] = [recover.carry_optimizer, {"rewind": recover.rewind}.get(recover.name)]
     if (chosen := recipe.prune.criterion).rides:
-        left.append([chosen.name, chosen.args])  # its sums are gathered on the way
+        left.append([chosen.name, chosen.args, chosen.every, chosen.samples])  # its sums are gathered on the way
     values = [recipe.model_dump(mode="json", exclude=LATER), left]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -17,6 +17,7 @@ from secateur.folder import DENSE, PLAN, PROOF, PRUNED, RECORDS, REPORT
 from secateur.masking import compacted, proved, told, unmasked
 from secateur.measure.latency import compare, describe
 from secateur.measure.summary import layers, table
+from secateur.pictures import show
 from secateur.recipe import Recipe
 from secateur.report import render
 from secateur.session import Run, costs, traced
@@ -69,6 +70,7 @@ def finish(run: Run, model: nn.Module) -> None:
     for name in models:
         path = run.folder / {"dense": DENSE, "pruned": PRUNED}[name]
         found[name].append(_size(path))
+    show(run, models)
     rows = {name: layers(net, run.example[:1]) for name, net in models.items()}
     for name, net in models.items():
         text = table(rows[name], costs(traced(net, run.data)))
@@ -83,7 +85,7 @@ def finish(run: Run, model: nn.Module) -> None:
 
 
 def _measured(run: Run, model: nn.Module) -> list[Measurement]:
-    """Return accuracy on validation and test images, parameters and multiply-accumulates."""
+    """Return quality on validation and test images, parameters and multiply-accumulates."""
     device = describe(run.example.device)
     found = [row for part in ("validation", "test") for row in run.quality(model, part).measurements(device, part)]
     how = {"params": "counted from the traced graph", "macs": "counted from the traced graph, one image"}

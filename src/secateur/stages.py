@@ -12,8 +12,9 @@ from torch import nn
 
 from secateur import recovery, resolve, sharing
 from secateur.checkpoint import save
-from secateur.criteria.evidence import PER_SAMPLE
+from secateur.criteria.evidence import DATA
 from secateur.criteria.riding import Riding, Sums
+from secateur.criteria.streaming import Streaming, rider
 from secateur.cutting import allocate, proved
 from secateur.erode import Erosion
 from secateur.folder import DENSE
@@ -21,7 +22,7 @@ from secateur.masking import fallen
 from secateur.masking import proved as zeroes_proved
 from secateur.progressive import compose, relative, whole
 from secateur.score import score
-from secateur.session import Run, figures, prunable, scored, traced
+from secateur.session import Run, prunable, scored, traced
 from secateur.ship import passport
 from secateur.track.local import read
 from secateur.train.loop import Epoch, Point, Watch, fit
@@ -29,6 +30,7 @@ from secateur.train.resume import atomic_write
 from secateur.types import Budget, Graph, Proof, Scores
 
 Out = tuple[nn.Module, Point]  # the model, and what the next stage begins with
+SPARSE = 8  # of the images of an epoch, at least each so-many-th is evidence
 SAVE_EVERY = 60.0  # seconds between saved states within an epoch
 
 
@@ -40,7 +42,7 @@ def train(run: Run, model: nn.Module, step: int, point: Point) -> Out:
         else:
             recovery.mark(run, model, point)
             end = _fit(run, model, 0, point)
-            run.log.append("dense", **figures(run.quality(model)))
+            run.log.append("dense", **run.quality(model).figures())
             if place is not None:
                 sharing.offer(run, place, model, end)
     if run.team.lead:
@@ -52,7 +54,7 @@ def recover(run: Run, model: nn.Module, step: int, point: Point) -> Out:
     """Train the model after cut ``step``, and record its accuracy."""
     end = _fit(run, model, step, recovery.begin(run, model, step, point))
     quality = run.quality(model)
-    run.log.append("recovered", step=step, **figures(quality))
+    run.log.append("recovered", step=step, **quality.figures())
     run.stopped = not recovery.holds(run, model, step, quality)
     return (recovery.back(run, step) if run.stopped else model), end
 
@@ -72,12 +74,13 @@ def _fit(run: Run, model: nn.Module, step: int, point: Point) -> Point:
     return Point(optimizer=end.optimizer if run.recipe.recover.carry_optimizer else None, evidence=end.evidence)
 
 
-def _riding(run: Run, model: nn.Module, step: int) -> Riding | None:
+def _riding(run: Run, model: nn.Module, step: int) -> Riding | Streaming | None:
     """Return what gathers the evidence for the cut that follows phase ``step``, where the recipe wants that."""
-    chosen = resolve.criterion(run.recipe)
-    if not run.recipe.prune.criterion.rides or step == len(run.targets) or not chosen.evidence & PER_SAMPLE:
+    chosen, wanted = resolve.criterion(run.recipe), run.recipe.prune.criterion
+    if not wanted.rides or step == len(run.targets) or not chosen.evidence & DATA:
         return None
-    return Riding(run.dense if model is run.dense.model else traced(model, run.data, run.recipe), chosen)
+    graph = run.dense if model is run.dense.model else traced(model, run.data, run.recipe)
+    return rider(graph, chosen, wanted.every or max(1, min(SPARSE, len(run.data.train) // wanted.samples)))
 
 
 def _watch(
@@ -87,10 +90,10 @@ def _watch(
     saved = time.monotonic()
 
     def epoch(row: Epoch) -> None:
-        run.log.append("epoch", step=step, **asdict(row))
+        run.log.append("epoch", step=step, **row.record())
         run.screen.line(
-            f"{label}, epoch {row.epoch + 1}/{length}: loss {row.train_loss:.4f}, "
-            f"validation loss {row.validation_loss:.4f}, accuracy {row.validation_accuracy:.2%}"
+            f"{label}, epoch {row.epoch + 1}/{length}: loss {row.train['loss']:.4f}, "
+            f"validation loss {row.quality.loss:.4f}, {run.task.told(row.quality.figures())}"
         )
 
     def keep(point: Point) -> None:
@@ -122,13 +125,13 @@ def cut(run: Run, model: nn.Module, step: int, point: Point) -> Out:
     if run.given:
         scores = None
     elif prunable(shown):
-        scores = score(shown, chosen, batches, sums=gathered)
+        scores = score(shown, chosen, batches, loss=run.task.scoring(), sums=gathered)
     else:
         scores = Scores(shown, repr(chosen), {})
     budget = Budget(**{recipe.budget.kind: target})
     small, proof, end = (_zeroed if run.masking else _smaller)(run, scores, graph, budget, step, point)
     after = run.quality(small)
-    _cut_record(run, step, target, proof, (figures(before), figures(after)), begin)
+    _cut_record(run, step, target, proof, (before.figures(), after.figures()), begin)
     return small, end
 
 
@@ -154,7 +157,7 @@ def _cut_record(run: Run, step: int, target: float, proof: Proof, quality: tuple
     kind, what = ("params", f"weights of {recipe.prune.granularity}s") if run.masking else ("units", "units")
     run.screen.line(
         f"cut {step}: {dict(run.plan.achieved)[kind]:.1%} of the {what} stay, "
-        f"accuracy {before['top1']:.2%} -> {after['top1']:.2%} before fine-tuning"
+        f"{run.task.told(before, after)} before fine-tuning"
     )
     for note in run.plan.notes:
         run.screen.line(f"note: {note}")
@@ -198,7 +201,7 @@ def erode(run: Run, model: nn.Module, step: int, point: Point) -> Out:
         erosion.close()
     erosion.write_history()
     proof, small = proved(erosion.graph, run.plan)
-    _cut_record(run, step, run.targets[step - 1], proof, (dense, figures(run.quality(small))), begin)
+    _cut_record(run, step, run.targets[step - 1], proof, (dense, run.quality(small).figures()), begin)
     return small, recovery.carried(run, erosion.graph, small, small, step, end)
 
 

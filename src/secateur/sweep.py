@@ -53,11 +53,12 @@ def sweep(
     folder: Path,
     *,
     overrides: Sequence[str] = (),
+    arms: Sequence[str] = (),
     jobs: int | None = None,
     screen: Screen | None = None,
     ray: OnRay | None = None,
 ) -> Result:
-    """Run ``recipe`` at every point of ``grid``, ``jobs`` at once, and compare what was finished.
+    """Run ``recipe`` at every point of ``grid`` with each of ``arms``, ``jobs`` at once, and compare what was finished.
 
     Every cell is checked before the first starts.  Here, the processor's threads are divided among the jobs (one
     unless given; a recipe with ``threads`` keeps its own number); on a cluster, ``jobs`` None means as many as it
@@ -66,7 +67,7 @@ def sweep(
     """
     screen = screen or Screen()
     folder = folder.resolve() if ray else folder
-    found = cells(recipe, grid, folder, overrides)
+    found = cells(recipe, grid, folder, overrides, arms)
     _check_devices(found, ray)
     with ExitStack() as stack:
         folder.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur.criteria.evidence import BACKWARD, PER_SAMPLE, Criterion, Evidence, unit_slices
+from secateur.criteria.evidence import BACKWARD, PER_SAMPLE, STREAMED, Criterion, Evidence, unit_slices
 from secateur.criteria.gather import unwatched
 from secateur.criteria.probes import REDUCE, Key, by_sample, key_of
 from secateur.graph.state import eval_mode, state_kept
@@ -31,20 +31,29 @@ Slot = tuple[str, Key]
 
 @dataclass(eq=False)
 class Sums:
-    """What is kept: per group the sum over ``samples`` of the values whose mean is the score, (units,) in float64."""
+    """What is kept: per group the sum over ``samples`` of the values whose mean is the score, (units,) in float64.
+
+    ``streamed`` holds, per group, evidence that is no sum over samples under its name (see ``streaming``).
+    """
 
     samples: int = 0
     values: dict[str, Tensor] = field(default_factory=dict)
+    streamed: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the sums as tensors for a file."""
-        return {"samples": torch.tensor(self.samples), **{f"group.{k}": v for k, v in self.values.items()}}
+        streamed = {f"{name}.{group}": v for group, row in self.streamed.items() for name, v in row.items()}
+        return {"samples": torch.tensor(self.samples), **{f"group.{k}": v for k, v in self.values.items()}, **streamed}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Sums:
         """Return the sums that ``tensors()`` wrote."""
         groups = {k.removeprefix("group."): v for k, v in tensors.items() if k.startswith("group.")}
-        return cls(int(tensors["samples"]), groups)
+        streamed: dict[str, dict[str, Tensor]] = {}
+        for name, group, tensor in ((*key.split(".", 1), value) for key, value in tensors.items() if "." in key):
+            if name in STREAMED:
+                streamed.setdefault(group, {})[name] = tensor
+        return cls(int(tensors["samples"]), groups, streamed)
 
 
 class Riding:
@@ -52,11 +61,12 @@ class Riding:
 
     Within ``with riding:``, for each batch of n samples: ``start(n)``, forward, ``loss.backward()`` of a loss that is
     a mean over the samples, ``take()`` before the gradients or weights change; now and then ``settle()``.  Then
-    ``sums`` is what ``score(graph, criterion, sums=...)`` takes.  ``start(0)`` lets a batch pass unseen.
+    ``sums`` is what ``score(graph, criterion, sums=...)`` takes.  ``start(0)`` lets a batch pass unseen; ``looks``
+    says which batches to watch, each ``every``-th.
     """
 
-    def __init__(self, graph: Graph, criterion: Criterion, sums: Sums | None = None) -> None:
-        self.criterion, self.model = criterion, graph.model
+    def __init__(self, graph: Graph, criterion: Criterion, sums: Sums | None = None, every: int = 1) -> None:
+        self.criterion, self.model, self.every = criterion, graph.model, every
         self.names = sorted(criterion.evidence & PER_SAMPLE)
         self.sums = sums or Sums()
         self.device = next((p.device for p in graph.model.parameters()), torch.device("cpu"))
@@ -84,6 +94,10 @@ class Riding:
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
+
+    def looks(self, step: int) -> bool:
+        """Return whether to watch the batch of optimiser step ``step``; batches are shuffled, so any will do."""
+        return step % self.every == 0
 
     def start(self, samples: int) -> None:
         """Watch the next batch, of ``samples`` samples; 0: do not watch it."""

@@ -43,10 +43,13 @@ class Shares:
     layers: their gates).  What has no site (raw weights used in functions) or no such weight is not seen.
 
     The hooks work in any forward pass, of training too.  ``every``: look at each so-many-th sample of a batch alone.
+    They look while ``awake``.
     """
 
-    def __init__(self, graph: Graph, groups: Iterable[Group], names: frozenset[str], every: int = 1) -> None:
-        self.names, self.every = names & STREAMED, every
+    def __init__(
+        self, graph: Graph, groups: Iterable[Group], names: frozenset[str], every: int = 1, awake: bool = True
+    ) -> None:
+        self.names, self.every, self.awake = names & STREAMED, every, awake
         self._graph = graph
         self._seen: dict[Key, Seen] = {}
         self._peaks: dict[tuple[str, Key], Tensor] = {}
@@ -63,6 +66,11 @@ class Shares:
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self._seen.clear()
+        self._peaks.clear()
 
     def read(self, group: Group) -> dict[str, Tensor]:
         """Return evidence name -> values (U,) of ``group``; nothing if no consumer was seen."""
@@ -87,6 +95,8 @@ class Shares:
         arg = key[1]
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not self.awake:
+                return
             name = names[arg] if arg < len(names) else ""
             value = args[arg] if arg < len(args) else kwargs.get(name)
             if not (isinstance(value, Tensor) and value.is_floating_point() and value.numel()):

@@ -92,6 +92,11 @@ class Recording:
 
 
 class _Recorder(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Spare the import of torch._dynamo, which takes seconds; nothing is compiled under this mode."""
+        return False
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.rec = Recording()

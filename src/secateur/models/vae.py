@@ -9,15 +9,23 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from secateur.measure.elbo import divergence
 from secateur.models.shape import sides
 
 
 class Reconstruction(NamedTuple):
-    """What a ``VAE`` returns: images in [0, 1] like its inputs, and the code's mean and log variance (n, latent)."""
+    """What a ``VAE`` returns: images in [0, 1] like its inputs, and the divergence of the code from the prior (n,)."""
 
     images: torch.Tensor
-    mean: torch.Tensor
-    log_variance: torch.Tensor
+    kl: torch.Tensor
+
+
+class Pixels(nn.Sigmoid):
+    """A sigmoid in float32 at least: in bfloat16 it is exactly 1 from 6.3 on, where the cross-entropy has no slope."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return values in [0, 1]."""
+        return super().forward(_wide(input))
 
 
 class VAE(nn.Module):
@@ -30,14 +38,22 @@ class VAE(nn.Module):
         self.log_variance = nn.Linear(features, latent, bias=False)
         self.decoder = decoder
 
+    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return mean and log variance of the code, (n, latent) each."""
+        features = self.encoder(x)
+        return _wide(self.mean(features)), _wide(self.log_variance(features))
+
+    def decode(self, code: torch.Tensor) -> torch.Tensor:
+        """Return the images of a code (n, latent)."""
+        return self.decoder(code)
+
     def forward(self, x: torch.Tensor) -> Reconstruction:
         """Return the reconstruction of ``x`` from a drawn code in train mode, from the mean in eval mode."""
-        features = self.encoder(x)
-        mean, log_variance = self.mean(features), self.log_variance(features)
+        mean, log_variance = self.encode(x)
         code = mean
         if self.training:
             code = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
-        return Reconstruction(self.decoder(code), mean, log_variance)
+        return Reconstruction(self.decode(code), divergence(mean, log_variance).sum(1))
 
 
 def vae(
@@ -77,7 +93,7 @@ def vae(
     decoder = [*_perceptron((latent, *sizes[::-1])), nn.Unflatten(1, form)]
     for before, after in pairwise(up):
         decoder += [nn.ConvTranspose2d(before, after, 4, stride=2, padding=1), nn.ReLU()]
-    decoder[-1] = nn.Sigmoid()
+    decoder[-1] = Pixels()
     return VAE(nn.Sequential(*encoder), widths[-1], latent, nn.Sequential(*decoder))
 
 
@@ -101,3 +117,8 @@ def _perceptron(sizes: Sequence[int]) -> list[nn.Module]:
     for before, after in pairwise(sizes):
         layers += [nn.Linear(before, after, bias=False), nn.ReLU()]
     return layers
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """Return ``x`` in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

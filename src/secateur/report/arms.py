@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from secateur.report.course import NEVER, Course, course
+from secateur.report.metrics import of_measured
 from secateur.types import Record, SecateurError
 
-DENSE, PRUNED, RANDOM, SCRATCH = "dense", "pruned", "random control", "from scratch"
-ROLES = (DENSE, PRUNED, RANDOM, SCRATCH)
+DENSE, WHOLE, PRUNED, RANDOM, SCRATCH = "dense", "not pruned", "pruned", "random control", "from scratch"
+ROLES = (DENSE, WHOLE, PRUNED, RANDOM, SCRATCH)
 LABELS = ("name", "out", "seed", "track", "prune.criterion.args.seed")  # what does not make another experiment
 AFTER = ("prune", "recover", "measure")  # what does not make another dense model
 
@@ -31,6 +33,7 @@ class Outcome:
     dense: Mapping[str, float]
     pruned: Mapping[str, float]
     units: Mapping[str, str]
+    course: Course = NEVER
 
     @property
     def seed(self) -> tuple[Any, Any]:
@@ -90,7 +93,8 @@ def compared(
             f"there is no finished run to compare ({len(unfinished)} unfinished: {', '.join(unfinished) or 'none'}); "
             "give the folders of runs that went to their end."
         )
-    accuracy = f"{part} top1"
+    accuracy = f"{part} {of_measured({name for one in outcomes for name in one.units}, part).measured}"
+    outcomes, notes = _comparable(outcomes, accuracy, notes)
     arms = _arms(outcomes, accuracy)
     units = {name: unit for one in outcomes for name, unit in one.units.items()}
     masked = [name for name in ("unmasked params", "unmasked macs") if name in units]
@@ -98,6 +102,15 @@ def compared(
     fronts = {cost: front([_point(arm, accuracy, cost) for arm in arms]) for cost in costs}
     said = [*notes, *_warnings(outcomes, arms, unfinished)]
     return Comparison(arms, accuracy, costs, units, fronts, tuple(said), tuple(outcomes))
+
+
+def _comparable(
+    outcomes: Sequence[Outcome], accuracy: str, notes: Sequence[str]
+) -> tuple[Sequence[Outcome], Sequence[str]]:
+    """Return the runs that measured ``accuracy``, and notes that name the others: runs of another task."""
+    other = [one.folder for one in outcomes if accuracy not in one.pruned]
+    said = [*notes, f"Left out, without {accuracy}: {', '.join(other)}."] if other else notes
+    return [one for one in outcomes if accuracy in one.pruned], said
 
 
 def _batch(name: str) -> int:
@@ -114,7 +127,8 @@ def outcome(records: Sequence[Record], folder: str) -> Outcome | None:
     units = {m["name"]: m["unit"] for rows in measured.values() for m in rows}
     threads = f", {run['threads']} thread{'s' if run['threads'] != 1 else ''}" if run["device"] == "cpu" else ""
     where = f"{run['device']}{threads}"
-    return Outcome(folder, run["recipe"], run["hash"], where, values["dense"], values["pruned"], units)
+    way = course(records, anew=role(run["recipe"]) == SCRATCH)
+    return Outcome(folder, run["recipe"], run["hash"], where, values["dense"], values["pruned"], units, way)
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -141,9 +155,17 @@ def _key(recipe: Mapping[str, Any], without: Sequence[str] = ()) -> Key:
 
 
 def role(recipe: Mapping[str, Any]) -> str:
-    """Return what a run is in a comparison: pruned, the random control, or the from-scratch baseline."""
+    """Return what a run is in a comparison: pruned, the random control, the from-scratch baseline, or not pruned.
+
+    The last is a training of the schedule ``during`` whose events take nothing, or a budget that keeps all.
+    """
     if recipe.get("recover", {}).get("name") == "scratch":
         return SCRATCH
+    when = recipe["prune"].get("schedule", {})
+    if when.get("name") == "during" and (when["keep"] == 1 or when["initial_iterations"] == when["total_epochs"]):
+        return WHOLE
+    if 1 in (recipe["prune"].get("budget") or {}).values():
+        return WHOLE
     return RANDOM if recipe["prune"]["criterion"]["name"] == "random" else PRUNED
 
 
@@ -182,9 +204,11 @@ def _folders(runs: Sequence[Outcome]) -> tuple[str, ...]:
 
 
 def _labels(groups: Mapping[Key, Sequence[Outcome]]) -> dict[Key, str]:
-    """Return what sets each group apart: its name where names differ, and the values that others have otherwise."""
+    """Return what sets each group apart: its name where each has another one, else with the values that differ."""
     names = {key: {str(one.recipe.get("name")) for one in runs} for key, runs in groups.items()}
     named = len(set().union(*names.values())) > 1
+    if len(groups) > 1 and len(set().union(*names.values())) == sum(map(len, names.values())) == len(groups):
+        return {key: next(iter(found)) for key, found in names.items()}
     shared = set.intersection(*(set(key) for key in groups)) if len(groups) > 1 else set()
     found = {}
     for key in groups:
@@ -201,13 +225,13 @@ def _values(runs: Sequence[Outcome], dense: bool = False) -> dict[str, Value]:
     """
     rows = [(one.seed[0] if dense else one.seed, one.dense if dense else one.pruned) for one in runs]
     names = dict.fromkeys(name for _, values in rows for name in values)
-    return {name: _value([(seed, values[name]) for seed, values in rows if name in values]) for name in names}
+    return {name: over_seeds([(seed, values[name]) for seed, values in rows if name in values]) for name in names}
 
 
-def _value(rows: Iterable[tuple[Any, float]]) -> Value:
+def over_seeds(rows: Iterable[tuple[Any, float]]) -> Value:
     """Return the mean over seeds of (seed, value) rows.
 
-    >>> _value([(0, 1.0), (0, 3.0), (1, 4.0)])
+    >>> over_seeds([(0, 1.0), (0, 3.0), (1, 4.0)])
     Value(mean=3.0, spread=1.4142135623730951, n=2)
     """
     seeds: dict[Any, list[float]] = {}
@@ -233,7 +257,7 @@ def _gains(runs: Sequence[Outcome], outcomes: Sequence[Outcome], accuracy: str) 
             known.setdefault(one.seed[0], []).append(one.pruned[accuracy])
         pairs = [(one.seed[0], one.pruned[accuracy]) for one in runs if one.seed[0] in known]
         if pairs:
-            gains[kind] = _value([(seed, value - statistics.fmean(known[seed])) for seed, value in pairs])
+            gains[kind] = over_seeds([(seed, value - statistics.fmean(known[seed])) for seed, value in pairs])
     return gains
 
 

@@ -10,12 +10,15 @@ from rich.console import Console
 from rich.table import Table
 
 from secateur.report import template
-from secateur.report.arms import DENSE, PRUNED, RANDOM, SCRATCH, Arm, Comparison, Value
+from secateur.report.arms import DENSE, PRUNED, RANDOM, SCRATCH, WHOLE, Arm, Comparison, Value
+from secateur.report.metrics import TASKS
+from secateur.report.over_epochs import over_epochs
 from secateur.report.scatter import Point, scatter
 from secateur.report.view import NAMES, number
 
-CSS = {DENSE: "dense", PRUNED: "pruned", RANDOM: "random", SCRATCH: "scratch"}
+CSS = {DENSE: "dense", WHOLE: "whole", PRUNED: "pruned", RANDOM: "random", SCRATCH: "scratch"}
 FRONT = "*"
+JUDGED = tuple(metric.measured for metric in TASKS.values())
 
 
 def bare(value: Value | None, unit: str) -> str:
@@ -29,6 +32,8 @@ def bare(value: Value | None, unit: str) -> str:
     digits, suffix, scale = 0, "", 1.0
     if unit == "fraction":
         digits, suffix, scale = 2, " %", 100.0
+    elif unit == "nats":
+        digits = 2
     elif unit not in ("params", "macs", "bytes") and value.mean:
         digits = max(0, 2 - math.floor(math.log10(abs(value.mean))))
     more = "" if value.spread is None else f" ± {value.spread * scale:,.{digits}f}"
@@ -38,19 +43,20 @@ def bare(value: Value | None, unit: str) -> str:
 def heading(quantity: str, unit: str) -> str:
     """Return the words for a quantity, with its unit where the numbers do not carry it."""
     words = NAMES.get(quantity, quantity)
-    return f"{words} [{unit}]" if unit in ("ms", "bytes") else words
+    return f"{words} [{unit}]" if unit in ("ms", "bytes", "nats") else words
 
 
-def points(value: Value | None) -> str:
-    """Return a difference of accuracies in points.
+def points(value: Value | None, unit: str = "fraction") -> str:
+    """Return a difference of accuracies in points, of ELBOs in nats.
 
     >>> points(Value(0.0123, 0.004, 3)), points(None)
     ('+1.23 ± 0.40', '')
     """
     if value is None:
         return ""
-    more = "" if value.spread is None else f" ± {value.spread * 100:.2f}"
-    return f"{value.mean * 100:+.2f}{more}"
+    scale = 100 if unit == "fraction" else 1
+    more = "" if value.spread is None else f" ± {value.spread * scale:.2f}"
+    return f"{value.mean * scale:+.2f}{more}"
 
 
 def table(comparison: Comparison) -> str:
@@ -58,17 +64,18 @@ def table(comparison: Comparison) -> str:
     shown = Table(title="Runs beside each other: mean ± standard deviation over seeds", title_justify="left")
     for head in ("", "run", "is"):
         shown.add_column(head, overflow="fold")
-    gains = controls(comparison)
-    heads = ["n", NAMES.get(comparison.accuracy, comparison.accuracy), *(f"over {kind}" for kind in gains)]
+    gains, unit = controls(comparison), comparison.units[comparison.accuracy]
+    heads = ["n", heading(comparison.accuracy, unit), *(f"over {kind}" for kind in gains)]
     heads += [heading(cost, comparison.units[cost]) for cost in comparison.costs]
     for head in heads:
         shown.add_column(head, justify="right")
     for place, arm in enumerate(comparison.arms):
         costs = [_marked(comparison, place, arm, cost) for cost in comparison.costs]
-        quality = bare(arm.values.get(comparison.accuracy), "fraction")
-        cells = [str(_n(arm, comparison)), quality, *(points(arm.gains.get(kind)) for kind in gains), *costs]
+        quality = bare(arm.values.get(comparison.accuracy), unit)
+        cells = [str(_n(arm, comparison)), quality, *(points(arm.gains.get(kind), unit) for kind in gains), *costs]
         shown.add_row(str(place + 1), arm.label, arm.role, *cells)
-    foot = f"{FRONT} Pareto front: no other row is at least as accurate for at most this cost. Gains in points."
+    gain = "points" if unit == "fraction" else unit
+    foot = f"{FRONT} Pareto front: no other row is at least as good for at most this cost. Gains in {gain}."
     console = Console(width=max(150, Console().width), file=sys.stdout)
     with console.capture() as text:
         console.print(shown, foot, *comparison.notes, sep="\n", markup=False, highlight=False)
@@ -96,10 +103,10 @@ def render(comparison: Comparison) -> str:
     words = NAMES.get(accuracy, accuracy)
     known = [name for arm in comparison.arms for name in arm.values]
     columns = [
-        name for name in dict.fromkeys(known) if name.endswith("top1") or name.split()[0] in ("speed-up", "file")
+        name for name in dict.fromkeys(known) if name.endswith(JUDGED) or name.split()[0] in ("speed-up", "file")
     ]
     columns = [accuracy, *(name for name in columns if name != accuracy)]
-    columns[1 + sum(name.endswith("top1") for name in columns[1:]) : 0] = comparison.costs
+    columns[1 + sum(name.endswith(JUDGED) for name in columns[1:]) : 0] = comparison.costs
     rows = [
         {
             "number": place + 1,
@@ -111,7 +118,7 @@ def render(comparison: Comparison) -> str:
                 (bare(arm.values.get(name), units.get(name, "")), place in comparison.fronts.get(name, ()))
                 for name in columns
             ],
-            "gains": [points(arm.gains.get(kind)) for kind in controls(comparison)],
+            "gains": [points(arm.gains.get(kind), units[accuracy]) for kind in controls(comparison)],
             "runs": arm.runs,
         }
         for place, arm in enumerate(comparison.arms)
@@ -126,7 +133,9 @@ def render(comparison: Comparison) -> str:
         controls=controls(comparison),
         notes=comparison.notes,
         accuracy=words,
+        gain="points" if units[accuracy] == "fraction" else units[accuracy],
         runs=_runs(comparison),
+        over=over_epochs(comparison),
     )
 
 
@@ -138,7 +147,7 @@ def _runs(comparison: Comparison) -> list[dict[str, Any]]:
             "seed": one.recipe.get("seed"),
             "hash": one.hash,
             "where": one.where,
-            "accuracy": number(one.pruned[comparison.accuracy], "fraction")
+            "accuracy": number(one.pruned[comparison.accuracy], comparison.units[comparison.accuracy])
             if comparison.accuracy in one.pruned
             else "",
         }
@@ -149,16 +158,17 @@ def _runs(comparison: Comparison) -> list[dict[str, Any]]:
 def _figure(comparison: Comparison, cost: str) -> str:
     """Return accuracy against ``cost``, error bars of one standard deviation over seeds."""
     accuracy, unit = comparison.accuracy, comparison.units[cost]
+    measured = comparison.units[accuracy]
     words = NAMES.get(accuracy, accuracy)
     found: dict[int, Point] = {}
     for place, arm in enumerate(comparison.arms):
         x, y = arm.values.get(cost), arm.values.get(accuracy)
         if x is not None and y is not None:
-            text = f"{place + 1}. {arm.label} ({arm.role}): {bare(y, 'fraction')}, {bare(x, unit)}, n = {y.n}"
+            text = f"{place + 1}. {arm.label} ({arm.role}): {bare(y, measured)}, {bare(x, unit)}, n = {y.n}"
             error = (x.spread or 0.0, y.spread or 0.0)
             found[place] = Point(x.mean, y.mean, *error, place + 1, CSS[arm.role], text)
     present = {arm.role for arm in comparison.arms}
     names = {css: role for role, css in CSS.items() if role in present} | {"front": "Pareto front"}
     front = [(found[place].x, found[place].y) for place in comparison.fronts[cost]]
     axis = heading(cost, unit)
-    return scatter(f"{words} against {axis}", axis, list(found.values()), front, names)
+    return scatter(f"{words} against {axis}", axis, list(found.values()), front, names, measured == "fraction")

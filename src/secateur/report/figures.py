@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -82,7 +82,8 @@ def chart(title: str, lines: Sequence[Line], marks: Sequence[Mark], percent: boo
         return ""
     box = _box(points, percent)
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
-    parts += [*_axes(box, percent), *_marks(box, marks)]
+    words = (lambda value: f"{value * 100:.4g} %") if percent else (lambda value: f"{value:.3g}")
+    parts += [*axes(box, words), *verticals(box, marks)]
     at = float(LEFT)
     for line in lines:
         path = " ".join(f"{box.x(x):.1f},{box.y(y):.1f}" for x, y in line.points)
@@ -117,22 +118,22 @@ def _box(points: Sequence[tuple[float, float]], percent: bool) -> Box:
     return Box(min(xs), max(max(xs), min(xs) + 1), low, high)
 
 
-def _axes(box: Box, percent: bool) -> list[str]:
+def axes(box: Box, words: Callable[[float], str], last: float = math.inf) -> list[str]:
+    """Return grid and numbers: of y by ``words``, of the epochs up to ``last``."""
     parts = []
     for value in ticks(box.bottom, box.top):
         y = box.y(value)
-        label = f"{value * 100:.4g} %" if percent else f"{value:.3g}"
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="end" x="{LEFT - 7}" y="{y + 4:.1f}">{label}</text>')
+        parts.append(f'<text class="end" x="{LEFT - 7}" y="{y + 4:.1f}">{words(value)}</text>')
     parts += [
         f'<text class="middle" x="{box.x(value):.1f}" y="{HEIGHT - BOTTOM + 16}">{value:g}</text>'
-        for value in ticks(box.left, box.right, 8, whole=True)
+        for value in ticks(box.left, min(box.right, last), 8, whole=True)
     ]
     middle = (LEFT + WIDTH - RIGHT) / 2
     return [*parts, f'<text class="middle" x="{middle}" y="{HEIGHT - 6}">epoch</text>']
 
 
-def _marks(box: Box, marks: Sequence[Mark]) -> list[str]:
+def verticals(box: Box, marks: Sequence[Mark]) -> list[str]:
     """Return dashed verticals, their labels above the plot where they do not touch the one before."""
     parts: list[str] = []
     free = -math.inf

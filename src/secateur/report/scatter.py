@@ -28,9 +28,15 @@ class Point:
 
 
 def scatter(
-    title: str, axis: str, points: Sequence[Point], front: Sequence[tuple[float, float]], names: Mapping[str, str]
+    title: str,
+    axis: str,
+    points: Sequence[Point],
+    front: Sequence[tuple[float, float]],
+    names: Mapping[str, str],
+    percent: bool = True,
 ) -> str:
-    """Return the figure; ``front`` are the (x, y) of the Pareto front, cheapest first; ``names`` the legend.
+    """Return the figure; ``front`` are the (x, y) of the Pareto front, cheapest first; ``names`` the legend;
+    ``percent``: y are fractions, else plain numbers.
 
     Empty text without points.
     """
@@ -38,9 +44,9 @@ def scatter(
         return ""
     low, high = min(p.x for p in points), max(p.x for p in points)
     scale = math.log10 if low > 0 and high / low > WIDE else float
-    box = _box(points, scale)
+    box = _box(points, scale, percent)
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
-    parts += [*_axes(box, axis, scale is math.log10), _front(box, front, scale)]
+    parts += [*_axes(box, axis, scale is math.log10, percent), _front(box, front, scale)]
     bars = [_bars(p, box, scale) for p in points]
     parts += [
         f'<line class="bar {p.css}" x1="{a:.1f}" y1="{b:.1f}" x2="{c:.1f}" y2="{d:.1f}"/>'
@@ -60,13 +66,14 @@ def scatter(
     return "".join([*parts, *_legend(names), "</svg>"])
 
 
-def _box(points: Sequence[Point], scale: Callable[[float], float]) -> Box:
-    """Return ranges that hold all points and error bars (cut at nothing and at 100 %)."""
+def _box(points: Sequence[Point], scale: Callable[[float], float], percent: bool) -> Box:
+    """Return ranges that hold all points and error bars (of fractions: cut at nothing and at 100 %)."""
     xs = [scale(x) for p in points for x in (_least(p), p.x + p.dx)]
     ys = [y for p in points for y in (p.y - p.dy, p.y + p.dy)]
     wide, tall = max(xs) - min(xs), max(ys) - min(ys)
     by, up = (wide or abs(xs[0]) or 1.0) * 0.07, (tall or 0.02) * 0.09
-    return Box(min(xs) - by, max(xs) + by, max(0.0, min(ys) - up), max(ys) + up)
+    low = min(ys) - up
+    return Box(min(xs) - by, max(xs) + by, max(0.0, low) if percent else low, max(ys) + up)
 
 
 def _least(point: Point) -> float:
@@ -74,12 +81,14 @@ def _least(point: Point) -> float:
     return max(point.x - point.dx, point.x * 0.05)
 
 
-def _axes(box: Box, axis: str, logarithmic: bool) -> list[str]:
+def _axes(box: Box, axis: str, logarithmic: bool, percent: bool) -> list[str]:
     parts = []
-    for value in ticks(box.bottom, min(box.top, 1.0)):
+    for value in ticks(box.bottom, min(box.top, 1.0) if percent else box.top):
         y = box.y(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="end" x="{LEFT - 7}" y="{y + 4:.1f}">{value * 100:.4g} %</text>')
+        parts.append(
+            f'<text class="end" x="{LEFT - 7}" y="{y + 4:.1f}">{_share(value) if percent else f"{value:.5g}"}</text>'
+        )
     for value in _log_ticks(box.left, box.right) if logarithmic else ticks(box.left, box.right, 6):
         x = box.x(math.log10(value) if logarithmic else value)
         parts.append(f'<text class="middle" x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}">{short(value)}</text>')
@@ -88,6 +97,10 @@ def _axes(box: Box, axis: str, logarithmic: bool) -> list[str]:
         *parts,
         f'<text class="middle" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}">{escape(axis)}{note}</text>',
     ]
+
+
+def _share(value: float) -> str:
+    return f"{value * 100:.4g} %"
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
@@ -130,7 +143,7 @@ def _bars(point: Point, box: Box, scale: Callable[[float], float]) -> list[Area]
         left, right = box.x(scale(_least(point))), box.x(scale(point.x + point.dx))
         lines += [(left, y, right, y), *((end, y - CAP, end, y + CAP) for end in (left, right))]
     if point.dy:
-        top, bottom = box.y(point.y + point.dy), box.y(max(0.0, point.y - point.dy))
+        top, bottom = box.y(point.y + point.dy), box.y(max(box.bottom, point.y - point.dy))
         lines += [(x, top, x, bottom), *((x - CAP, end, x + CAP, end) for end in (top, bottom))]
     return lines
 
@@ -172,10 +185,14 @@ def _overlap(one: Area, two: Area) -> float:
 
 
 def _legend(names: Mapping[str, str]) -> list[str]:
-    parts, at = [], float(LEFT)
+    """Return marks and names, in a second row where the first is full."""
+    parts, at, y = [], float(LEFT), 9
     for css, name in names.items():
-        mark = f'<line class="front" x1="{at:.0f}" x2="{at + 16:.0f}" y1="9" y2="9"/>'
-        dot = f'<circle class="{css}" cx="{at + 8:.0f}" cy="9" r="4.2"/>'
-        parts += [mark if css == "front" else dot, f'<text x="{at + 21:.0f}" y="13">{escape(name)}</text>']
-        at += 21 + len(name) * CHARACTER + 16
+        wide = 21 + len(name) * CHARACTER
+        if at + wide > WIDTH and at > LEFT:
+            at, y = float(LEFT), y + 15
+        mark = f'<line class="front" x1="{at:.0f}" x2="{at + 16:.0f}" y1="{y}" y2="{y}"/>'
+        dot = f'<circle class="{css}" cx="{at + 8:.0f}" cy="{y}" r="4.2"/>'
+        parts += [mark if css == "front" else dot, f'<text x="{at + 21:.0f}" y="{y + 4}">{escape(name)}</text>']
+        at += wide + 16
     return parts

@@ -8,23 +8,28 @@ from datetime import UTC, datetime
 from typing import Any
 
 from secateur.report.figures import Line, Mark, chart
+from secateur.report.metrics import of_task
 from secateur.types import Record
 
 Data = Mapping[str, Any]
 
-UNITS = {"fraction": "%", "nats": "", "params": "", "macs": "", "ms": "ms", "bytes": "kB", "times": "x"}
+UNITS = {"fraction": "%", "nats": "nats", "params": "", "macs": "", "ms": "ms", "bytes": "kB", "times": "x"}
 NAMES = {
     "validation top1": "validation accuracy",
     "validation top5": "validation top-5 accuracy",
     "test top1": "test accuracy",
     "test top5": "test top-5 accuracy",
+    "validation elbo": "validation ELBO",
+    "test elbo": "test ELBO",
+    "validation kl": "validation KL",
+    "test kl": "test KL",
     "params": "parameters",
     "macs": "MACs per image",
     "unmasked params": "parameters that are not masked",
     "unmasked macs": "MACs that are not masked (theory)",
     "file": "checkpoint",
 }
-CARDS = ("test top1", "unmasked params", "params", "macs", "latency")
+CARDS = ("test top1", "test elbo", "unmasked params", "params", "macs", "latency")
 
 
 def view(records: Sequence[Record]) -> dict[str, Any]:
@@ -57,6 +62,9 @@ def view(records: Sequence[Record]) -> dict[str, Any]:
         "folded": _last(stages, "folded"),
         "proof": [row for cut in cuts for row in cut["proof"]],
         "charts": charts(stages),
+        "metric": of_task(model),
+        "pictures": stages.get("picture", []),
+        "code": _code(_last(stages, "code")),
     }
 
 
@@ -80,7 +88,7 @@ def comparison(measurements: Mapping[str, Sequence[Data]]) -> list[dict[str, Any
                 "spread": number(small["spread"], unit) if small["spread"] else "",
                 "dense_spread": number(big["spread"], unit) if big and big["spread"] else "",
                 "change": change(big["value"], small["value"], unit) if big else "",
-                "good": _good(big["value"], small["value"], unit) if big else small["value"] > 1,
+                "good": _good(small["name"], big["value"], small["value"], unit) if big else small["value"] > 1,
                 "n": small["n"],
                 "how": small["how"],
                 "device": small["device"],
@@ -101,6 +109,8 @@ def number(value: float, unit: str) -> str:
         return f"{value:,.0f}"
     if unit == "bytes":
         return f"{value / 1000:,.1f} kB"
+    if unit == "nats":
+        return f"{value:.2f} nats" if abs(value) >= 10 else f"{value:.3g} nats"
     return f"{value:.3g} {UNITS.get(unit, unit)}".strip()
 
 
@@ -112,11 +122,30 @@ def change(before: float, after: float, unit: str) -> str:
     """
     if unit == "fraction":
         return f"{(after - before) * 100:+.2f} points"
-    return f"{(after / before - 1) * 100:+.1f} %" if before else ""
+    digits = 2 if unit == "nats" else 1
+    return f"{(after - before) / abs(before) * 100:+.{digits}f} %" if before else ""
 
 
-def _good(before: float, after: float, unit: str) -> bool:
-    return after >= before if unit == "fraction" else after < before
+def _good(name: str, before: float, after: float, unit: str) -> bool:
+    return after >= before if unit == "fraction" or name.endswith(" elbo") else after < before
+
+
+def _code(data: Data) -> dict[str, Any]:
+    """Return the KL of each unit of an autoencoder's code before and after, the most active first."""
+    if not data:
+        return {}
+    least, found = data["inactive"], {name: [k for k in kl if k is not None] for name, kl in data["kl"].items()}
+    both = zip(data["kl"]["dense"], data["kl"]["pruned"], strict=True)
+    rows = [{"unit": unit, "dense": dense, "pruned": pruned} for unit, (dense, pruned) in enumerate(both)]
+    most = max([*found["dense"], *found["pruned"], least])
+    return {
+        "rows": sorted(rows, key=lambda row: -row["dense"]),
+        "most": most,
+        "least": least,
+        "n": data["n"],
+        "inactive": {name: sum(k < least for k in kl) for name, kl in found.items()},
+        "units": {name: len(kl) for name, kl in found.items()},
+    }
 
 
 def _groups(model: Data, cuts: Sequence[Data]) -> list[dict[str, Any]]:
@@ -147,26 +176,24 @@ def _layers(layers: Mapping[str, Sequence[Data]]) -> list[dict[str, Any]]:
 
 
 def charts(stages: Mapping[str, list[Data]]) -> list[tuple[str, str]]:
-    """Return (title, SVG) of loss and accuracy over all epochs, with a mark at each cut."""
+    """Return (title, SVG) of the curves of the task over all epochs, with a mark at each cut."""
+    curves = of_task(_last(stages, "model")).curves
     epochs = stages.get("epoch", [])
     number_of = {id(row): index + 1 for index, row in enumerate(epochs)}
     marks: list[Mark] = []
-    drops: dict[str, list[tuple[float, float]]] = {"loss": [], "top1": []}
+    drops: dict[str, list[tuple[float, float]]] = {curve.figure: [] for curve in curves}
     for cut in stages.get("cut", []):
         at = sum(row["step"] < cut["step"] for row in epochs) + 0.5
         marks.append(Mark(at, f"cut {cut['step']}" if cut["step"] == 1 else str(cut["step"])))
         for key, points in drops.items():
             points.append((at, cut["after"][key]))
     figures = []
-    for title, name, key, percent in (
-        ("Loss", "loss", "loss", False),
-        ("Accuracy", "accuracy", "top1", True),
-    ):
+    for curve in curves:
         lines = [
-            Line(part, part, [(number_of[id(row)], row[f"{part}_{name}"]) for row in epochs])
+            Line(part, part, [(number_of[id(row)], row[f"{part}_{curve.epoch}"]) for row in epochs])
             for part in ("train", "validation")
         ]
-        if drops[key] and percent:  # in the loss chart they would flatten everything else
-            lines.append(Line("validation right after a cut", "after", drops[key]))
-        figures.append((title, chart(f"{title} over epochs", lines, marks, percent)))
+        if drops[curve.figure] and curve.percent:  # in the loss chart they would flatten everything else
+            lines.append(Line("validation right after a cut", "after", drops[curve.figure]))
+        figures.append((curve.title, chart(f"{curve.title} over epochs", lines, marks, curve.percent)))
     return figures

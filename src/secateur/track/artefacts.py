@@ -37,7 +37,7 @@ def _figures(records: Sequence[Record], scratch: Path) -> list[tuple[Path, str]]
     found = []
     for title, svg in charts(stages):
         if svg:
-            path = scratch / f"{title.lower()}.svg"
+            path = scratch / f"{title.split(' ')[0].lower()}.svg"
             path.write_text(standalone(svg))
             found.append((path, f"figures/{path.name}"))
     return found

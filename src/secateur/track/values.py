@@ -11,7 +11,11 @@ from typing import Any
 from secateur.report.arms import flat
 from secateur.types import Record
 
-EPOCH = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "rate")
+EPOCH = (
+    *(f"{part}_{name}" for part in ("train", "validation") for name in ("loss", "accuracy", "reconstruction", "kl")),
+    "rate",
+)
+FIGURES = ("loss", "top1", "top5", "reconstruction", "kl")  # of the model, as its task has them
 LONGEST = {"name": 200, "value": 500}  # characters, within the limits of the oldest stores
 APART = "track."  # says where to, not what
 
@@ -57,16 +61,14 @@ def metrics(records: Sequence[Record]) -> list[Metric]:
         data, time = record.data, record.time
         if record.stage == "epoch":
             epochs += 1
-            rows += [(name, data[name], epochs, time) for name in EPOCH]
+            rows += [(name, data[name], epochs, time) for name in EPOCH if name in data]
         elif record.stage == "cut":
             step = int(data["step"])
             rows += [(f"keep/{name}", value, step, time) for name, value in data["achieved"].items()]
             for moment in ("before", "after"):
-                rows += [(f"cut/{moment}_{name}", data[moment][name], step, time) for name in ("loss", "top1", "top5")]
+                rows += [(f"cut/{moment}_{name}", data[moment].get(name), step, time) for name in FIGURES]
         elif record.stage == "recovered":
-            rows += [
-                (f"cut/recovered_{name}", data[name], int(data["step"]), time) for name in ("loss", "top1", "top5")
-            ]
+            rows += [(f"cut/recovered_{name}", data.get(name), int(data["step"]), time) for name in FIGURES]
         elif record.stage == "measure":
             for model, found in data["measurements"].items():
                 for row in found:

@@ -27,7 +27,8 @@ from torch import nn
 
 from secateur.data import Dataset
 from secateur.data.share import Share, held, share_of
-from secateur.measure.accuracy import Quality, evaluate
+from secateur.measure.quality import Quality
+from secateur.measure.task import evaluate, task_of
 from secateur.types import SecateurError
 
 # How long one process waits for another. Processes that end are noticed at once; this is for those that hang.
@@ -345,9 +346,9 @@ def quality(model: nn.Module, data: Dataset, part: str, size: int, team: Team = 
     def all_rows(rows: list[torch.Tensor]) -> list[torch.Tensor]:
         if not team.several:
             return rows
-        table = torch.zeros(len(batches), 6, dtype=torch.float64, device=team.device)
+        table = torch.zeros(len(batches), task_of(model).columns, dtype=torch.float64, device=team.device)
         for number, row in zip(mine, rows, strict=True):
             table[number] = row
         return list(team.sum_(table))
 
-    return evaluate(model, data.stream([batches[number] for number in mine]), all_rows)
+    return evaluate(model, data.stream([batches[number] for number in mine]), all_rows, mine)

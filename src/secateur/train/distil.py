@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,8 +46,8 @@ def taught(
         with torch.no_grad():
             answer = logits(teacher(inputs)).float()
 
-        def judge(scores: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
-            loss = (1 - mix) * loss + mix * divergence(scores, answer, temperature)
+        def judge(output: Any, loss: torch.Tensor) -> torch.Tensor:
+            loss = (1 - mix) * loss + mix * divergence(logits(output).float(), answer, temperature)
             if features > 0:
                 loss = loss + features * similarity(*(whole(held[name].flatten(1)) for name in ("student", "teacher")))
             return loss

@@ -11,30 +11,31 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from secateur.criteria.riding import Riding, Sums
+from secateur.criteria.streaming import Streaming
 from secateur.data.dataset import Dataset
 from secateur.data.share import held, holding
-from secateur.measure.accuracy import Quality, logits
+from secateur.measure.quality import Figures, Quality
+from secateur.measure.task import task_of
 from secateur.train.average import Average, tensors_of
 from secateur.train.devices import ALONE, Team
 from secateur.train.devices import quality as quality_of
 from secateur.train.global_norm import norms_joined
-from secateur.train.layout import laid_out, like_weights
+from secateur.train.layout import gradients_alike, laid_out, like_weights
 from secateur.train.mixup import mixup
 from secateur.train.rates import Rate, constant
 from secateur.types import SecateurError
 
 CHECK_EVERY = 50  # steps between looks at the loss; each look waits for the device
 
-Guide = Callable[[torch.Tensor], Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]
+Guide = Callable[[torch.Tensor], Callable[[Any, torch.Tensor], torch.Tensor]]
 Parameters = Iterable[nn.Parameter]
 MakeOptimizer = Callable[[Parameters], torch.optim.Optimizer]
 
@@ -51,7 +52,7 @@ class Settings:
     ``autocast`` is the type of the matrix products and convolutions (None: that of the weights, which stay float32
     in any case, as do loss and validation); ``channels_last`` lays images and 4-D weights out that way meanwhile
     (None: where ``layout.laid_out`` says so); ``compiled`` runs the training passes through ``torch.compile``.
-    ``guide`` gets the inputs of a step and returns (scores, loss) -> loss.  ``steps``: so
+    ``guide`` gets the inputs of a step and returns (output of the model, loss) -> loss.  ``steps``: so
     many optimiser steps instead of ``epochs``.  ``riding`` collects evidence in as many last steps as an epoch has.
     """
 
@@ -70,19 +71,21 @@ class Settings:
     compiled: bool = False
     guide: Guide | None = None
     steps: int | None = None
-    riding: Riding | None = None
+    riding: Riding | Streaming | None = None
 
 
 @dataclass(frozen=True)
 class Cursor:
-    """How far training is: the next step of the current epoch, and the sums over the steps before it."""
+    """How far training is: the next step of the current epoch, and the sums over the steps before it.
+
+    ``parts`` are the sums of what the task adds up beside the loss; empty before the first step.
+    """
 
     epoch: int = 0
     step: int = 0
     loss: float = 0.0
-    hits: int = 0
     seen: int = 0
-    hits5: int = 0
+    parts: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,21 +103,23 @@ class Point:
 
 @dataclass(frozen=True)
 class Epoch:
-    """The figures of one finished epoch; training figures are means over the epoch, in train mode.
+    """The figures of one finished epoch; those of training, ``train``, are means over the epoch, in train mode.
 
     With mixup a training image counts as right when the answer is that of its larger part; top-5 figures are None
     where there are at most 5 classes.
     """
 
     epoch: int
-    train_loss: float
-    train_accuracy: float
-    train_top5: float | None
-    validation_loss: float
-    validation_accuracy: float
-    validation_top5: float | None
+    train: Figures
+    quality: Quality
     rate: float
     seconds: float
+
+    def record(self) -> dict[str, float | None]:
+        """Return the epoch as one row: train_loss, train_accuracy, ..., validation_loss, ..."""
+        parts = {"train": self.train, "validation": self.quality.curve()}
+        row = {f"{part}_{name}": value for part, figures in parts.items() for name, value in figures.items()}
+        return {"epoch": self.epoch, **row, "rate": self.rate, "seconds": self.seconds}
 
 
 @dataclass(frozen=True)
@@ -158,12 +163,12 @@ def fit(
     work = _Work(model, data, settings, point, watch or Watch(), team)
     cursor = point.cursor
     devices = [data.source.images.device] if data.source.images.is_cuda else []
-    with torch.random.fork_rng(devices), settings.riding or nullcontext():
+    with torch.random.fork_rng(devices), settings.riding or nullcontext(), work.laid_out():
         while cursor.epoch * work.per_epoch < work.total:
             started = time.perf_counter()
             cursor = _train_epoch(work, cursor)
             quality = work.quality()
-            work.watch.epoch(_figures(cursor, quality, work.optimizer, time.perf_counter() - started))
+            work.watch.epoch(_figures(work, cursor, quality, time.perf_counter() - started))
             cursor = Cursor(cursor.epoch + 1)
             work.watch.save(work.point(cursor))
     if work.average is not None:
@@ -180,6 +185,7 @@ class _Work:
         self, model: nn.Module, data: Dataset, settings: Settings, begin: Point, watch: Watch, team: Team
     ) -> None:
         self.model, self.data, self.settings, self.watch, self.team = model, data, settings, watch, team
+        self.task = task_of(model)
         self.channels_last = settings.channels_last
         if self.channels_last is None:
             self.channels_last = laid_out(model, data.batch(data.train[:2])[0])
@@ -207,6 +213,11 @@ class _Work:
             None if riding is None else riding.sums.tensors(),
         )
 
+    def laid_out(self) -> AbstractContextManager[None]:
+        """Return what holds the gradients in the order of the values while the steps run."""
+        inputs = self.data.batch(self.data.train[:2])[0]
+        return gradients_alike(self.model, inputs) if self.channels_last else nullcontext()
+
     def quality(self) -> Quality:
         """Return the figures of the validation set, with the averaged weights where there are any."""
         # a buffer of the model's own may follow the rows of one process
@@ -216,18 +227,12 @@ class _Work:
             return quality_of(self.model, self.data, "validation", max(256, self.settings.batch_size), self.team)
 
 
-def _figures(cursor: Cursor, quality: Quality, optimizer: torch.optim.Optimizer, seconds: float) -> Epoch:
-    return Epoch(
-        cursor.epoch,
-        cursor.loss / cursor.seen,
-        cursor.hits / cursor.seen,
-        None if quality.top5 is None else cursor.hits5 / cursor.seen,
-        quality.loss,
-        quality.top1,
-        quality.top5,
-        optimizer.param_groups[0]["lr"],
-        seconds,
-    )
+def _figures(work: _Work, cursor: Cursor, quality: Quality, seconds: float) -> Epoch:
+    shown = quality.curve()
+    sums = zip(work.task.parts, cursor.parts, strict=True)
+    parts = {name: None if shown[name] is None else total / cursor.seen for name, total in sums}
+    train = {"loss": cursor.loss / cursor.seen, **parts}
+    return Epoch(cursor.epoch, train, quality, work.optimizer.param_groups[0]["lr"], seconds)
 
 
 def _train_epoch(work: _Work, cursor: Cursor) -> Cursor:
@@ -237,7 +242,7 @@ def _train_epoch(work: _Work, cursor: Cursor) -> Cursor:
     before = cursor.epoch * work.per_epoch
     batches = batches[: work.total - before]  # the last epoch may be cut short
     base = [group.setdefault("base_lr", group["lr"]) for group in optimizer.param_groups]
-    loss_sum, hits = _sums(work, cursor)
+    loss_sum, parts_sum = _sums(work, cursor)
     shares = [team.share(len(batch)) for batch in batches]
     parts = [batch[share.begin : share.end] for batch, share in zip(batches, shares, strict=True)]
     work.model.train()
@@ -247,21 +252,23 @@ def _train_epoch(work: _Work, cursor: Cursor) -> Cursor:
         for group, rate in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = rate * factor
         if settings.riding is not None:
-            settings.riding.start(len(labels) if before + step >= work.total - work.per_epoch else 0)
+            now = before + step
+            watching = now >= work.total - work.per_epoch and settings.riding.looks(now)
+            settings.riding.start(len(labels) if watching else 0)
         with holding(shares[step]):
-            loss, right = _step(work, inputs, labels)
+            loss, parts_of_step = _step(work, inputs, labels)
         if work.average is not None:
             work.average.update(before + step)
         watch.stepped(before + step + 1)
         if shares[step].real:
             loss_sum += loss * len(labels)
-            hits += right
+            parts_sum += parts_of_step
         cursor = replace(cursor, step=step + 1, seen=cursor.seen + shares[step].total)
         if cursor.step % CHECK_EVERY == 0 or cursor.step == len(batches):
             if settings.riding is not None:
                 settings.riding.settle()
-            cursor = _looked(cursor, team.sum_(loss_sum), team.sum_(hits))
-            loss_sum, hits = _sums(work, cursor)
+            cursor = _looked(cursor, team.sum_(loss_sum), team.sum_(parts_sum))
+            loss_sum, parts_sum = _sums(work, cursor)
             watch.progress(before + cursor.step, work.total)
             if cursor.step < len(batches) and watch.due():
                 watch.save(work.point(cursor))
@@ -272,7 +279,8 @@ def _sums(work: _Work, cursor: Cursor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the sums of ``cursor`` as tensors on the device; zeros but in the first process."""
     device, first = work.data.source.images.device, int(work.team.lead)
     loss = torch.tensor(cursor.loss * first, dtype=torch.float64, device=device)
-    return loss, torch.tensor([cursor.hits, cursor.hits5], device=device) * first
+    parts = cursor.parts or (0.0,) * len(work.task.parts)
+    return loss, torch.tensor(parts, dtype=torch.float64, device=device) * first
 
 
 def _seed(seed: int, device: torch.device) -> None:
@@ -283,7 +291,7 @@ def _seed(seed: int, device: torch.device) -> None:
 
 
 def _step(work: _Work, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Take one optimiser step; return the mean loss, and the right answers among the best 1 and 5 scores."""
+    """Take one optimiser step; return the mean loss, and the sums of what the task adds up."""
     settings, optimizer, targets = work.settings, work.optimizer, labels
     share = held(len(labels))
     if settings.augment is not None:
@@ -298,10 +306,9 @@ def _step(work: _Work, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[torc
     cast = torch.autocast(inputs.device.type, settings.autocast, enabled=settings.autocast is not None)
     with norms_joined(work.team, share), cast:
         judge = None if settings.guide is None else settings.guide(inputs)
-        scores = logits(work.forward(inputs))
-    scores = scores if settings.autocast is None else scores.float()
-    loss = F.cross_entropy(scores, targets, label_smoothing=settings.label_smoothing)
-    loss = loss if judge is None else judge(scores, loss)
+        output = work.forward(inputs)
+    loss, parts = work.task.learn(output, inputs, labels, targets, settings.label_smoothing)
+    loss = loss if judge is None else judge(output, loss)
     optimizer.zero_grad(set_to_none=True)
     (loss * share.weight if work.team.several else loss).backward()
     if settings.riding is not None:
@@ -310,11 +317,10 @@ def _step(work: _Work, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[torc
     if settings.clip_norm is not None:
         nn.utils.clip_grad_norm_(work.model.parameters(), settings.clip_norm)
     optimizer.step()
-    right = scores.detach().topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
-    return loss.detach(), torch.stack([right[:, 0].sum(), right.sum()])
+    return loss.detach(), parts
 
 
-def _looked(cursor: Cursor, loss_sum: torch.Tensor, hits: torch.Tensor) -> Cursor:
+def _looked(cursor: Cursor, loss_sum: torch.Tensor, parts: torch.Tensor) -> Cursor:
     """Read the sums from the device; raises ``TrainError`` when the loss is not finite."""
     total = float(loss_sum)
     if not math.isfinite(total):
@@ -322,8 +328,7 @@ def _looked(cursor: Cursor, loss_sum: torch.Tensor, hits: torch.Tensor) -> Curso
             f"the training loss is {total} in epoch {cursor.epoch + 1}, within {CHECK_EVERY} steps of step "
             f"{cursor.step}; lower the learning rate, set clip_norm, or check the data."
         )
-    top1, top5 = hits.tolist()
-    return replace(cursor, loss=total, hits=top1, hits5=top5)
+    return replace(cursor, loss=total, parts=tuple(parts.tolist()))
 
 
 def draw(*position: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from safetensors.torch import save
 from secateur.train.loop import Cursor, Point
 from secateur.types import CheckpointError
 
-FORMAT = 2
+FORMAT = 3
 Tensors = dict[str, torch.Tensor]
 
 
@@ -91,7 +91,9 @@ def read_state(path: Path) -> State:
         model, average = _named("model.", tensors), _named("average.", tensors)
         optimizer = _optimizer(head["optimizer"], tensors) if head["optimizer"] else None
         evidence = _named("evidence.", tensors)
-        point = Point(Cursor(**head["cursor"]), optimizer, average or None, evidence or None)
+        cursor = Cursor(**head["cursor"])
+        cursor = replace(cursor, parts=tuple(cursor.parts))  # JSON has lists
+        point = Point(cursor, optimizer, average or None, evidence or None)
         return State(int(head["stage"]), int(head["records"]), point, model, head["plan"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is not a readable run state ({error}); start the run anew.") from error
