@@ -78,6 +78,8 @@ def test_acceptance_15_exactly_k_winners_whoever_else_is_in_the_batch(name: str,
 
 def test_acceptance_15_of_equal_saliencies_the_lower_index_wins() -> None:
     assert winners(torch.zeros(1, 5), 2).tolist() == [[True, True, False, False, False]]
+    many = torch.arange(3000).remainder(2)[None].float()
+    assert winners(many, 700)[0].nonzero().ravel().tolist() == list(range(1, 1400, 2))
     assert winners(torch.tensor([[1.0, 3.0, 3.0, 3.0]]), 2).tolist() == [[False, True, True, False]]
     assert [quota(0.7, 10), quota(0.1, 30), quota(1, 3), quota(1e-3, 8)] == [7, 3, 3, 1]
 
