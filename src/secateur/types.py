@@ -55,6 +55,10 @@ class CheckpointError(SecateurError):
     """A checkpoint that is corrupt, foreign or does not fit the model."""
 
 
+class EngineError(SecateurError):
+    """A network, input or machine that the engine of run-time pruning cannot run."""
+
+
 class MeasureError(SecateurError):
     """A measurement that could not be taken or lacks its unit, n, spread, device or method."""
 

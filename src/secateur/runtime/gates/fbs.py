@@ -1,0 +1,100 @@
+"""Feature boosting and suppression (Gao et al. 2019, arXiv 1810.05331): a predictor picks the channels per input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+
+import torch
+from torch import nn
+
+from secateur.runtime.gates.choice import Choice, Gate
+from secateur.types import PlanError
+
+POOLINGS = ("l1", "avg", "max", "l2")
+
+
+def quota(density: float, units: int) -> int:
+    """Return ceil(d C), the number of winners; d is read as the decimal that it was written as.
+
+    >>> quota(0.7, 10), quota(0.5, 7), quota(0.001, 64)
+    (7, 4, 1)
+    """
+    if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < density <= 1:
+        raise PlanError(f"a density is the fraction of channels computed per input, in (0, 1]; got {density!r}.")
+    return math.ceil(Fraction(repr(density)) * units)
+
+
+def pooled(x: torch.Tensor, how: str) -> torch.Tensor:
+    """Return one number per channel, (B, C), of maps (B, C, H, W): ``l1`` is mean |x|, ``l2`` the root mean square.
+
+    >>> pooled(torch.tensor([[[[3.0, -4.0]]]]), "l1").item()
+    3.5
+    """
+    flat = x.flatten(2)
+    if how == "l1":
+        return flat.abs().mean(2)
+    if how == "avg":
+        return flat.mean(2)
+    if how == "max":
+        return flat.amax(2)
+    if how == "l2":
+        return torch.linalg.vector_norm(flat, dim=2) / math.sqrt(flat.shape[2])
+    raise PlanError(f"pooling must be one of {', '.join(POOLINGS)}; got {how!r}.")
+
+
+def winners(saliency: torch.Tensor, k: int) -> torch.Tensor:
+    """Return the bool mask (B, C) of exactly ``k`` winners per sample; of equal saliencies the lower index wins.
+
+    >>> winners(torch.tensor([[0.0, 2.0, 0.0, 0.0]]), 2).tolist()
+    [[True, True, False, False]]
+    """
+    order = saliency.detach().sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return torch.zeros_like(saliency, dtype=torch.bool).scatter_(1, order, True)
+
+
+class FBS(Gate):
+    """The gate of FBS in the form of the paper, section 3: g(x) = relu(ss(x) phi + rho), the k largest stay.
+
+    ``ss`` pools each input channel to one number, ``predictor`` holds phi (its weight, transposed) and rho (its bias).
+    The winners keep their saliency, which scales (boosts) their normalised output.  The selection itself has no
+    gradient, the saliencies of winners do.  ``enabled = False`` gives every channel its rho and computes all.
+    """
+
+    def __init__(self, before: int, after: int, density: float = 1.0, pooling: str = "l1") -> None:
+        super().__init__()
+        if pooling not in POOLINGS:
+            raise PlanError(f"pooling must be one of {', '.join(POOLINGS)}; got {pooling!r}.")
+        quota(density, after)
+        self.density = density
+        self.pooling = pooling
+        self.enabled = True
+        self.predictor = nn.Linear(before, after)
+
+    @property
+    def k(self) -> int:
+        """How many channels are computed per sample."""
+        return quota(self.density, self.predictor.out_features) if self.enabled else self.predictor.out_features
+
+    def forward(self, x: torch.Tensor) -> Choice:
+        """Return the saliencies and exactly ``k`` winners for each sample of ``x`` (B, C_in, H, W)."""
+        if not self.enabled:
+            saliency = self.predictor.bias.relu().expand(len(x), -1)
+            return Choice(saliency, torch.ones_like(saliency, dtype=torch.bool))
+        saliency = self.predictor(pooled(x, self.pooling)).relu()
+        return Choice(saliency, winners(saliency, self.k))
+
+    def extra_repr(self) -> str:
+        """Density and pooling, for ``print(model)``."""
+        return f"density={self.density}, pooling={self.pooling!r}"
+
+
+def penalty(choices: Mapping[str, Choice]) -> torch.Tensor:
+    """Return the sum over gates of the mean over the batch of ||g(x)||_1, to be weighted by lambda (paper: 1e-8).
+
+    The mean makes lambda independent of the batch size.  ``choices`` are those of ``watch``.
+    """
+    if not choices:
+        raise PlanError("no gate has run; call the gated model inside `with watch(model) as choices`.")
+    return torch.stack([choice.saliency.abs().sum(1).mean() for choice in choices.values()]).sum()
