@@ -15,7 +15,7 @@ from torch import nn
 
 import secateur as sc
 from eroded import INSIDE, fresh, history_of, some, tiny, traced
-from secateur import pipeline, resolve, stages
+from secateur import pipeline, resolve, stages, watching
 from secateur.allocate import limited
 from secateur.allocation import Global, Profile, stretched
 from secateur.compact import compact
@@ -111,7 +111,7 @@ def test_they_stay_at_zero_from_the_first_step_after_a_stop(tmp_path: Path, monk
     words = ["model={name: 'test_erode:bent'}", "prune.only=['0']", "recover.steps=4"]
     recipe = tiny(tmp_path / "out", *words)
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "SAVE_EVERY", 0.0)
+        patch.setattr(watching, "SAVE_EVERY", 0.0)
         patch.setattr(loop, "CHECK_EVERY", 1)
         stop_at(patch, 7)
         with pytest.raises(Stop):
@@ -154,7 +154,7 @@ def test_a_stop_between_events_ends_in_the_same_bits(
 ) -> None:
     recipe = tiny(tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "SAVE_EVERY", 0.0)
+        patch.setattr(watching, "SAVE_EVERY", 0.0)
         patch.setattr(loop, "CHECK_EVERY", 1)
         stop(patch, at)
         with pytest.raises(Stop):

@@ -54,6 +54,8 @@ PARTS = {  # files that carry a part of one of the names above, or stand apart f
     "session": "pipeline",
     "ship": "pipeline",
     "stages": "pipeline",
+    "gating": "pipeline",
+    "watching": "pipeline",
     "progressive": "pipeline",
     "infer": "pipeline",
     "look": "pipeline",

@@ -184,10 +184,10 @@ def test_every_way_to_train_ends_in_the_same_bits_when_stopped(
 def test_a_stop_within_an_epoch_resumes_at_the_step(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from secateur import stages
+    from secateur import watching
     from secateur.train import loop
 
-    monkeypatch.setattr(stages, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(watching, "SAVE_EVERY", 0.0)
     monkeypatch.setattr(loop, "CHECK_EVERY", 3)
     seen: list[int] = []
 

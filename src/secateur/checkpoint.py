@@ -62,8 +62,9 @@ def save(
     model = _unwrap(model)
     owners, aliases = _owners(model)
     tensors = _storable(owners)
-    spec = rebuild.spec_of(model)
-    surgery = getattr(model, "_secateur", None)
+    inner, gates, steering = rebuild.gates_of(model)
+    spec = rebuild.spec_of(inner)
+    surgery = getattr(inner, "_secateur", None)
     try:
         header = Header(
             class_name=f"{type(model).__module__}:{type(model).__qualname__}",
@@ -76,6 +77,8 @@ def save(
             pairs=tuple(name for name, tensor in owners.items() if tensor.is_complex()),
             channels_last=tuple(name for name, tensor in owners.items() if _channels_last(tensor)),
             surgery=json.loads(surgery.to_json()) if surgery is not None else None,
+            gates=gates,
+            steering=steering,
             plan=plan,
             proof=proof,
             measurements=tuple(measurements),
@@ -113,26 +116,22 @@ def load(
     """
     path = Path(path)
     if isinstance(trust, str):
-        raise CheckpointError(
-            f"trust takes a list of module names, e.g. trust=[{trust!r}]; got the text {trust!r}."
-        )
+        raise CheckpointError(f"trust takes a list of module names, e.g. trust=[{trust!r}]; got the text {trust!r}.")
     with _opened(path) as (header, file):
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         if data_digest(stored.items()) != header.data:
-            raise CheckpointError(
-                "its tensors were changed after it was saved (digest differs); get a fresh copy."
-            )
+            raise CheckpointError("its tensors were changed after it was saved (digest differs); get a fresh copy.")
         dense = rebuild.built(header, path.stat().st_size, trust) if model is None else rebuild.copied(model)
         target = rebuild.operated(header, dense)
+        if header.gates:
+            target = rebuild.gated(header, target)
         rebuild.fill(header, target, stored)
         if model is None:
             rebuild.compare(header, target, _versions(header.spec or ""))
     try:
         return target.eval().to(device)
     except (RuntimeError, ValueError, AssertionError) as error:
-        raise CheckpointError(
-            f"{path} was read, but cannot be moved to device {str(device)!r}: {error}"
-        ) from error
+        raise CheckpointError(f"{path} was read, but cannot be moved to device {str(device)!r}: {error}") from error
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -150,9 +149,7 @@ def _owners(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Return the tensors under their first names, and the first name of each further name."""
     for name, module in model.named_modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
-            raise CheckpointError(
-                f"module {name!r} ({type(module).__name__}) keeps extra state that is no tensor."
-            )
+            raise CheckpointError(f"module {name!r} ({type(module).__name__}) keeps extra state that is no tensor.")
     first: dict[int, str] = {}
     owners, aliases = {}, {}
     for name, tensor in rebuild.named(model).items():
@@ -185,15 +182,11 @@ def _check_storable(name: str, tensor: torch.Tensor) -> None:
     if is_lazy(tensor):
         raise CheckpointError(f"{name!r} has no shape yet; run the model once before saving it.")
     if tensor.is_meta:
-        raise CheckpointError(
-            f"{name!r} is on the meta device and holds no values; give it values before saving."
-        )
+        raise CheckpointError(f"{name!r} is on the meta device and holds no values; give it values before saving.")
     plain = tensor.layout == torch.strided and not is_traceable_wrapper_subclass(tensor)
     if not plain or tensor.dtype not in STORABLE:
         found = f"{type(tensor).__name__} ({tensor.layout}, {tensor.dtype})"
-        raise CheckpointError(
-            f"{name!r} is a {found}; a checkpoint holds plain dense tensors: convert it first."
-        )
+        raise CheckpointError(f"{name!r} is a {found}; a checkpoint holds plain dense tensors: convert it first.")
 
 
 def _channels_last(tensor: torch.Tensor) -> bool:
@@ -224,9 +217,7 @@ def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str
         finally:
             os.close(folder)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path} was not saved: {error}. Is the folder there, writable and not full?"
-        ) from error
+        raise CheckpointError(f"{path} was not saved: {error}. Is the folder there, writable and not full?") from error
     finally:
         beside.unlink(missing_ok=True)
 
@@ -260,6 +251,5 @@ def _check_frame(path: Path) -> None:
     length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
     if not 2 <= length <= min(HEADER_LIMIT, size - 8):
         raise CheckpointError(
-            f"it is no safetensors file, or cut short ({size} bytes, its header would take {length}); "
-            "get a fresh copy."
+            f"it is no safetensors file, or cut short ({size} bytes, its header would take {length}); get a fresh copy."
         )

@@ -18,6 +18,7 @@ RECIPE, RECORDS, STATE, REPORT = "recipe.yaml", "records.jsonl", "state.safetens
 REWIND, HELD = "rewind.safetensors", "held.safetensors"
 DENSE, PRUNED, PLAN, PROOF = "dense.safetensors", "pruned.safetensors", "plan.json", "proof.json"
 CHECKPOINTS, HISTORY = "checkpoints", "history.json"
+UNGATED, GATED = "ungated.safetensors", "gated.safetensors"  # what gates were put on, and what they made of it
 COMPACT = "compact.safetensors"  # of a masked model, without what its masks left idle
 
 

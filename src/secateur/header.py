@@ -31,8 +31,9 @@ def _plan(value: Any) -> Any:
 class Header(BaseModel):
     """What a checkpoint says about itself.
 
-    ``spec`` and ``kwargs`` build the dense model, ``surgery`` makes it small, ``modules`` is what the result
-    must look like (path -> class and its settings).  ``aliases`` maps each further name of a tied tensor to
+    ``spec`` and ``kwargs`` build the dense model, ``surgery`` makes it small, ``gates`` and ``steering`` (the sizes
+    of a controller) let it choose at run time; ``modules`` is what the result must look like (path -> class and its
+    settings).  ``aliases`` maps each further name of a tied tensor to
     the stored one; ``frozen``, ``temporary`` (non-persistent buffers), ``pairs`` (complex, stored as pairs of
     reals) and ``channels_last`` list tensor names.
 
@@ -53,6 +54,8 @@ class Header(BaseModel):
     pairs: tuple[str, ...] = ()
     channels_last: tuple[str, ...] = ()
     surgery: dict[str, JsonValue] | None = None
+    gates: tuple[dict[str, JsonValue], ...] = ()
+    steering: dict[str, int] | None = None
     plan: Annotated[
         Plan | None,
         BeforeValidator(_plan),
@@ -76,15 +79,11 @@ class Header(BaseModel):
         try:
             fields = json.loads(text)
             if not isinstance(fields, dict):
-                raise CheckpointError(
-                    "its header is not a JSON object; it is damaged or was not written by secateur."
-                )
+                raise CheckpointError("its header is not a JSON object; it is damaged or was not written by secateur.")
             _check_format(fields)
             digest = fields.pop("digest", None)
             if digest != _sha256(canonical(fields)):
-                raise CheckpointError(
-                    "its header was changed after it was saved (digest differs); get a fresh copy."
-                )
+                raise CheckpointError("its header was changed after it was saved (digest differs); get a fresh copy.")
             return Header.model_validate_json(json.dumps(fields))
         except ValidationError as error:
             first = error.errors()[0]
@@ -99,9 +98,7 @@ class Header(BaseModel):
 def _check_format(fields: dict[str, Any]) -> None:
     found = fields.get("format")
     if isinstance(found, int) and found > FORMAT:
-        raise CheckpointError(
-            f"it has format {found}, this secateur reads up to {FORMAT}; install a newer one."
-        )
+        raise CheckpointError(f"it has format {found}, this secateur reads up to {FORMAT}; install a newer one.")
 
 
 def canonical(fields: Any) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur import resolve
+from secateur import gating, resolve
 from secateur.allocate import matching
 from secateur.checkpoint import load
 from secateur.conflicts import without_classes
@@ -27,7 +27,7 @@ from secateur.criteria import Magnitude
 from secateur.criteria.evidence import DATA
 from secateur.cutting import allocate
 from secateur.data import Dataset
-from secateur.folder import DENSE, HELD, RECORDS, REWIND, STATE, choose, complete, write_recipe
+from secateur.folder import DENSE, HELD, RECORDS, REWIND, STATE, UNGATED, choose, complete, write_recipe
 from secateur.measure.latency import describe
 from secateur.measure.task import task_of
 from secateur.progressive import whole
@@ -121,17 +121,17 @@ def _carry_out(
     screen.line(f"run folder: {folder}")
     model = _restored(run, saved, at) if saved else _started(run, at)
     point = saved.point if saved else Point()
-    stages = plan_stages(len(run.targets), masks=recipe.prune.save_every is not None)
+    stages = plan_stages(len(run.targets), masks=recipe.prune.save_every is not None) + gating.stages(run)
     for run.stage in range(saved.stage if saved else 0, len(stages)):
         kind, step = stages[run.stage]
-        model, point = STAGES[kind](run, model, step, point)
+        model, point = {**STAGES, **gating.STAGES}[kind](run, model, step, point)
         if run.stopped:
             break
         if run.stage + 1 < len(stages):
             run.save_state(run.stage + 1, model, point)
     finish(run, model)
     log.append("end", seconds=time.perf_counter() - begin, resumed=saved is not None)
-    for name in (STATE, REWIND, HELD) if team.lead else ():
+    for name in (STATE, REWIND, HELD, UNGATED) if team.lead else ():
         (folder / name).unlink(missing_ok=True)
     news(folder)
 
@@ -162,6 +162,8 @@ def _check_early(recipe: Recipe, dense: Graph, data: Dataset) -> None:
     if problems := {"reconstruction": without_classes(recipe)}.get(task.name):
         rows = [f"{'.'.join(map(str, path))}: {rule}" for path, rule in problems.items()]
         raise RecipeError(f"model.name = {recipe.model.name!r} makes images: " + "; ".join(rows) + ".")
+    if recipe.fbs is not None:
+        gating.wrapped(recipe.fbs, dense.model, dense.args[0])
     wanted = resolve.criterion(recipe)
     graph = scored(recipe, dense)
     matching(graph, recipe.prune.only)
@@ -215,6 +217,9 @@ def _restored(run: Run, state: State, at: dict[str, Any] | None) -> nn.Module:
         with run.team.copy_of(run.folder / DENSE) as path:
             run.dense = traced(load(path, model=run.dense.model).to(run.team.device), run.data, run.recipe)
     run.plan = Plan.from_json(state.plan) if state.plan else whole(run.dense)
+    before = [*plan_stages(len(run.targets)), *gating.stages(run)][: state.stage]
+    if any(kind == gating.ON for kind, _ in before):
+        return gating.restored(run, state.model)
     if state.stage == 1 and run.recipe.prune.save_every is not None:  # masks: all tensors have their dense shape
         model = copy.deepcopy(run.dense.model)
         model.load_state_dict(state.model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -50,6 +50,7 @@ def _fields(schema: type[BaseModel], path: Path) -> list[str]:
     for key in path:
         inner = getattr(section, "model_fields", {}).get(key)
         section = inner.annotation if inner else None
+        section = next((kind for kind in get_args(section) if hasattr(kind, "model_fields")), section)
     return list(getattr(section, "model_fields", {}))
 
 

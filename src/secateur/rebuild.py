@@ -8,6 +8,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.compact import copy_model
 from secateur.header import Header, canonical
-from secateur.types import CheckpointError
+from secateur.types import CheckpointError, SecateurError
 
 BUILD_LIMIT = 2**30  # bytes that building a model may allocate when a file names it; or 64 times the file
 SMALLEST = 2**16  # bytes each allocation counts at least, so that endless tiny layers stop too
@@ -120,9 +121,32 @@ def operated(header: Header, model: nn.Module) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             return compact.reshape(model, surgery)
     except Exception as error:  # a surgery for another model can fail anywhere in it
-        raise CheckpointError(
-            f"its surgery does not fit the model: {type(error).__name__}: {error}"
-        ) from error
+        raise CheckpointError(f"its surgery does not fit the model: {type(error).__name__}: {error}") from error
+
+
+def gates_of(model: nn.Module) -> tuple[nn.Module, tuple[dict[str, Any], ...], dict[str, int] | None]:
+    """Return the model inside a controller's hands, its gates as JSON objects, and the sizes of the controller."""
+    runtime = importlib.import_module("secateur.runtime.gates")
+    steering = model.controller.sizes if isinstance(model, runtime.Steered) else None
+    inner = model.model if isinstance(model, runtime.Steered) else model
+    return inner, tuple(asdict(layer) for layer in runtime.layers(inner)), steering
+
+
+def gated(header: Header, model: nn.Module) -> nn.Module:
+    """Return the model with the gates of the header on it (``model`` itself is changed), unless it has them."""
+    runtime = importlib.import_module("secateur.runtime.gates")
+    try:
+        rows = tuple(runtime.Layer.of(row) for row in header.gates)
+        inner = model.model if isinstance(model, runtime.Steered) else model
+        with torch.random.fork_rng(devices=[]):
+            if not runtime.layers(inner):
+                for row in rows:
+                    runtime.put_(inner, row)
+            if header.steering is not None and inner is model:
+                return runtime.Steered.of(model, header.steering)
+        return model
+    except SecateurError as error:
+        raise CheckpointError(f"its gates do not fit the model: {error}") from error
 
 
 def fill(header: Header, model: nn.Module, stored: Mapping[str, torch.Tensor]) -> None:
@@ -141,11 +165,7 @@ def fill(header: Header, model: nn.Module, stored: Mapping[str, torch.Tensor]) -
         current = have.get(name)
         if first not in placed:
             if current is None or id(current) in taken:
-                current = (
-                    nn.Parameter(tensors[first], False)
-                    if isinstance(current, nn.Parameter)
-                    else tensors[first]
-                )
+                current = nn.Parameter(tensors[first], False) if isinstance(current, nn.Parameter) else tensors[first]
             current.data = tensors[first]
             placed[first] = current
             taken.add(id(current))
@@ -180,9 +200,7 @@ def compare(header: Header, model: nn.Module, versions: Mapping[str, str]) -> No
 def _check_names(model: nn.Module, have: Iterable[str], owner: Iterable[str], extra: set[str]) -> None:
     free = set(temporary(model))
     missing = sorted(set(have) - set(owner) - free)
-    unexpected = sorted(
-        name for name in set(owner) - set(have) if not (name in extra and _empty_slot(model, name))
-    )
+    unexpected = sorted(name for name in set(owner) - set(have) if not (name in extra and _empty_slot(model, name)))
     for names, what in (
         (missing, "the model has, but the file does not"),
         (unexpected, "the file has, but not the model"),
@@ -227,9 +245,7 @@ def _restored(header: Header, name: str, tensor: torch.Tensor) -> torch.Tensor:
             or tensor.shape[-1] != 2
             or tensor.dtype not in (torch.float16, torch.float32, torch.float64)
         ):
-            raise CheckpointError(
-                f"{name!r} should hold pairs of reals, but is {tensor.dtype} {tuple(tensor.shape)}."
-            )
+            raise CheckpointError(f"{name!r} should hold pairs of reals, but is {tensor.dtype} {tuple(tensor.shape)}.")
         tensor = torch.view_as_complex(tensor)
     if name in header.channels_last and tensor.ndim in LAYOUTS:
         tensor = tensor.contiguous(memory_format=LAYOUTS[tensor.ndim])

@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 from secateur.conflicts import conflicts
 from secateur.during import spell_out
 from secateur.problems import at, listing, nearest, schema_problems, shown
-from secateur.sections import Count, Data, Measure, Model, Prune, Recover, Score, Section, Track, Train
+from secateur.sections import Count, Data, Fbs, Measure, Model, Prune, Recover, Score, Section, Track, Train
 from secateur.types import Budget, RecipeError, SecateurError
 from secateur.yaml_source import Path, parse
 
@@ -39,6 +39,8 @@ class Recipe(Section):
     train: Train = Train()
     prune: Prune = Prune()
     recover: Recover = Recover()
+    fbs: Fbs | None = None
+    """run-time pruning of what the cuts left, by gates (null: none)"""
     measure: Measure = Measure()
     track: Track = Track()
     out: str | None = None

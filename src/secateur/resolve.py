@@ -27,7 +27,7 @@ from secateur.models.build import build
 from secateur.progressive import achieved
 from secateur.recipe import Recipe
 from secateur.schedules import SCHEDULES
-from secateur.sections import Data, Train
+from secateur.sections import Data, Fbs, Train
 from secateur.train.loop import Settings, draw
 from secateur.train.optimizers import OPTIMIZERS
 from secateur.train.rates import RATES, Rate, step, warmed
@@ -198,9 +198,12 @@ def _shape(key: str, path: str) -> History | Plan:
 def targets(recipe: Recipe, total: int) -> tuple[float, ...]:
     """Return the fraction of the dense model, with its ``total`` prunable units, that stays after each cut.
 
-    Of a schedule whose cuts are masks first (``prune.save_every``) the one cut at its end counts.
+    None where gates are put on a model that stays whole.  Of a schedule whose cuts are masks first
+    (``prune.save_every``) the one cut at its end counts.
     """
     when = recipe.prune.schedule
+    if recipe.fbs is not None and recipe.budget.keep == 1:
+        return ()  # gates on the dense model
     if recipe.prune.save_every is not None:
         return (recipe.budget.keep,)
     return SCHEDULES[when.name](recipe.budget.keep, when.cuts, total, when.units)
@@ -239,9 +242,22 @@ def training(recipe: Recipe, phase: int, last: bool = False, left: float = 1.0, 
     """
     train, recover = recipe.train, recipe.recover
     epochs, rate, lr, warmup = train.epochs, train.rate, train.lr, train.warmup
+    steps = _recovery_steps(recipe) if phase and not last else None
     if phase and {"rewind": False}.get(recover.name, True):
         epochs = _recovery_epochs(recipe, last, left)
         rate, lr, warmup = recover.rate or rate, recover.lr or lr, recover.warmup
+    return replace(_settings(recipe, epochs, lr, rate, warmup, half), seed=draw(recipe.seed, phase), steps=steps)
+
+
+def gating(recipe: Recipe, phase: int, epochs: int, half: bool) -> Settings:
+    """Return how to train gates for ``epochs``; ``phase`` counts on from the recoveries."""
+    train, recover, fbs = recipe.train, recipe.recover, recipe.fbs or Fbs()
+    lr, rate = fbs.lr or recover.lr or train.lr, fbs.rate or recover.rate or train.rate
+    return replace(_settings(recipe, epochs, lr, rate, 0.0, half), seed=draw(recipe.seed, phase))
+
+
+def _settings(recipe: Recipe, epochs: int, lr: float, rate: str, warmup: float, half: bool) -> Settings:
+    train = recipe.train
     make = OPTIMIZERS[train.optimizer]
     return Settings(
         epochs,
@@ -251,11 +267,10 @@ def training(recipe: Recipe, phase: int, last: bool = False, left: float = 1.0, 
         train.label_smoothing,
         train.clip_norm,
         AUGMENTATIONS[recipe.data.augment],
-        draw(recipe.seed, phase),
+        0,
         train.mixup,
         train.ema,
         precision(recipe, half),
         {"auto": None, True: True, False: False}[train.channels_last],
         train.compile,
-        steps=_recovery_steps(recipe) if phase and not last else None,
     )

@@ -278,6 +278,27 @@ class Recover(Section):
     """epoch of the dense training, 0 its beginning, that rewind goes back to"""
 
 
+class Fbs(Section):
+    """Feature boosting and suppression: each input computes a part of the channels of each convolution."""
+
+    densities: Annotated[tuple[Fraction, ...], Field(strict=False, min_length=1)] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+    """fractions of the channels that are computed, one after another; training goes on at each"""
+    layers: dict[str, Fraction] = {}
+    """module name pattern -> density of its convolutions, in place of densities (1: their gates only boost)"""
+    pooling: Literal["avg", "l1", "l2", "max"] = "l1"
+    """what a predictor sees of each input channel; avg says little of signed inputs"""
+    penalty: NotNegative = 1e-8
+    """weight of the L1 norm of the saliencies, mean over the images"""
+    alone: Annotated[int, Field(ge=0)] = 0
+    """epochs at the first density in which the gates alone learn, before all weights do"""
+    epochs: Count = 1
+    """epochs at each density, each with a new optimiser"""
+    lr: Positive | None = None
+    """base learning rate (null: that of recover, or of train)"""
+    rate: Rates | None = None
+    """how the learning rate falls at each density (null: as in recover, or in train)"""
+
+
 class Track(Section):
     """Where a run is copied while it works; its folder is always whole."""
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from secateur import gating
 from secateur.checkpoint import save
 from secateur.data import Dataset
-from secateur.folder import DENSE, PLAN, PROOF, PRUNED, RECORDS, REPORT
+from secateur.folder import DENSE, GATED, PLAN, PROOF, PRUNED, RECORDS, REPORT
 from secateur.masking import compacted, proved, told, unmasked
 from secateur.measure.latency import compare, describe
 from secateur.measure.summary import layers, table
@@ -47,8 +48,12 @@ def finish(run: Run, model: nn.Module) -> None:
     for name, units, kept in run.plan.keep:
         run.screen.line(f"group {name}: {units - len(kept)} of {units} units removed ({1 - len(kept) / units:.1%})")
     run.screen.line("measuring ...")
+    gated = None if run.recipe.fbs is None else model
+    model = model if gated is None else gating.ungated(run)
     models = {"dense": run.dense.model, "pruned": model}
     found: dict[str, list[Measurement]] = {name: _measured(run, net) for name, net in models.items()}
+    if gated is not None:
+        found["gated"] = _gated(run, gated)
     run.team.dissolve()
     if not run.team.lead:
         return
@@ -58,7 +63,7 @@ def finish(run: Run, model: nn.Module) -> None:
         dense, pruned, gain = compare(models["dense"], models["pruned"], inputs, repeats=repeats)
         found["dense"].append(dense)
         found["pruned"] += [pruned, gain]
-        if gain.value <= 1:
+        if gain.value <= 1 and run.targets:
             warnings.append(
                 f"NOT FASTER: at batch {size} the pruned model takes {pruned.value:.3f} ms, the dense one "
                 f"{dense.value:.3f} ms ({gain.value:.2f} times its speed)."
@@ -66,6 +71,9 @@ def finish(run: Run, model: nn.Module) -> None:
     if run.masking:
         warnings += told(run, model)
         compacted(run, model, passport(run.recipe, run.data))
+    if gated is not None:
+        save(gated, run.folder / GATED, recipe=run.recipe.hash, extra=passport(run.recipe, run.data))
+        found["gated"].append(_size(run.folder / GATED))
     _save(run, model, [row for row in found["pruned"] if row.unit not in CLOCKED])
     for name in models:
         path = run.folder / {"dense": DENSE, "pruned": PRUNED}[name]
@@ -92,6 +100,20 @@ def _measured(run: Run, model: nn.Module) -> list[Measurement]:
     counted = costs(traced(model, run.data)).items()
     found += [Measurement(name, value, name, 1, 0.0, device, how[name]) for name, value in counted]
     return found + (unmasked(run, model) if run.masking else [])
+
+
+def _gated(run: Run, model: nn.Module) -> list[Measurement]:
+    """Return quality and multiply-accumulates of the gated model, per density of its schedule and of its end."""
+    device = describe(run.example.device)
+    found = [row for part in ("validation", "test") for row in run.quality(model, part).measurements(device, part)]
+    counted = gating.spent(run, model, "test")
+    how = "counted per image from the choices of the gates, mean over the test images; predictors not counted"
+    params = sum(parameter.numel() for parameter in model.parameters())
+    return [
+        *found,
+        Measurement("params", params, "params", 1, 0.0, device, "counted, predictors included"),
+        Measurement("macs", float(counted.mean()), "macs", len(counted), float(counted.std()), device, how),
+    ]
 
 
 def _inputs(run: Run, size: int) -> torch.Tensor:

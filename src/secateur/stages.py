@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
@@ -25,13 +24,12 @@ from secateur.score import score
 from secateur.session import Run, prunable, scored, traced
 from secateur.ship import passport
 from secateur.track.local import read
-from secateur.train.loop import Epoch, Point, Watch, fit
+from secateur.train.loop import Point, fit
 from secateur.train.resume import atomic_write
 from secateur.types import Budget, Graph, Proof, Scores
+from secateur.watching import Out, watched
 
-Out = tuple[nn.Module, Point]  # the model, and what the next stage begins with
 SPARSE = 8  # of the images of an epoch, at least each so-many-th is evidence
-SAVE_EVERY = 60.0  # seconds between saved states within an epoch
 
 
 def train(run: Run, model: nn.Module, step: int, point: Point) -> Out:
@@ -64,13 +62,13 @@ def _fit(run: Run, model: nn.Module, step: int, point: Point) -> Point:
     settings = recovery.settings(run, step)
     length = f"{settings.epochs}" if settings.steps is None else f"{settings.steps} steps"
     label = f"{run.recipe.recover.name} after cut {step}" if step else "train"
-    watch = _watch(run, model, step, label, length)
+    watch = watched(run, model, step, label, length)
     with (
         recovery.masked(run, model, settings) as holding,
         recovery.guided(run, model, holding) if step else nullcontext(holding) as chosen,
     ):
-        watched = replace(chosen, riding=_riding(run, model, step))
-        end = fit(model, run.data, watched, begin=point, watch=watch, team=run.team)
+        settings = replace(chosen, riding=_riding(run, model, step))
+        end = fit(model, run.data, settings, begin=point, watch=watch, team=run.team)
     return Point(optimizer=end.optimizer if run.recipe.recover.carry_optimizer else None, evidence=end.evidence)
 
 
@@ -81,35 +79,6 @@ def _riding(run: Run, model: nn.Module, step: int) -> Riding | Streaming | None:
         return None
     graph = run.dense if model is run.dense.model else traced(model, run.data, run.recipe)
     return rider(graph, chosen, wanted.every or max(1, min(SPARSE, len(run.data.train) // wanted.samples)))
-
-
-def _watch(
-    run: Run, model: nn.Module, step: int, label: str, length: str, before_saving: Callable[[], None] = lambda: None
-) -> Watch:
-    """Return what records, shows and saves a training of ``model`` in phase ``step``."""
-    saved = time.monotonic()
-
-    def epoch(row: Epoch) -> None:
-        run.log.append("epoch", step=step, **row.record())
-        run.screen.line(
-            f"{label}, epoch {row.epoch + 1}/{length}: loss {row.train['loss']:.4f}, "
-            f"validation loss {row.quality.loss:.4f}, {run.task.told(row.quality.figures())}"
-        )
-
-    def keep(point: Point) -> None:
-        nonlocal saved
-        if step == 0:
-            recovery.mark(run, model, point)
-        before_saving()
-        run.save_state(run.stage, model, point)
-        saved = time.monotonic()
-
-    return Watch(
-        keep,
-        epoch,
-        lambda done, total: run.screen.progress(label, done, total),
-        lambda: time.monotonic() - saved > SAVE_EVERY,
-    )
 
 
 def cut(run: Run, model: nn.Module, step: int, point: Point) -> Out:
@@ -191,7 +160,7 @@ def erode(run: Run, model: nn.Module, step: int, point: Point) -> Out:
     erosion = Erosion(run, model)
     settings = erosion.settings()
     watch = replace(
-        _watch(run, erosion.model, step, "cuts", f"{settings.steps} steps", erosion.write_history),
+        watched(run, erosion.model, step, "cuts", f"{settings.steps} steps", erosion.write_history),
         stepped=erosion.stepped,
     )
     try:

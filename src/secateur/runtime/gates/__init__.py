@@ -7,6 +7,25 @@ from secateur.runtime.gates.choice import Choice, Gate, watch
 from secateur.runtime.gates.fbs import FBS, penalty
 from secateur.runtime.gates.gated import Gated
 from secateur.runtime.gates.prefix import Prefix, acting
-from secateur.runtime.gates.wrap import Gating, gate
+from secateur.runtime.gates.rnp import Controller, Steered, controller_for, deciding
+from secateur.runtime.gates.wrap import Gating, Layer, gate, layers, put_
 
-__all__ = ["FBS", "Choice", "Gate", "Gated", "Gating", "Prefix", "acting", "gate", "penalty", "watch"]
+__all__ = [
+    "FBS",
+    "Choice",
+    "Controller",
+    "Gate",
+    "Gated",
+    "Gating",
+    "Layer",
+    "Prefix",
+    "Steered",
+    "acting",
+    "controller_for",
+    "deciding",
+    "gate",
+    "layers",
+    "penalty",
+    "put_",
+    "watch",
+]

@@ -17,8 +17,10 @@ class Gated(nn.Module):
 
     The batch norm has lost its scale (the gate gives it) and its shift (``shift``, added before scaling, the form of
     the FBS paper); without a batch norm ``norm`` is the identity.  Whatever followed the batch norm (ReLU, addition)
-    follows here.
+    follows here.  ``took`` is the path of that batch norm in the model, "" without one.
     """
+
+    took = ""
 
     def __init__(self, conv: nn.Conv2d, norm: nn.Module, shift: torch.Tensor, gate: Gate) -> None:
         super().__init__()

@@ -10,7 +10,9 @@ from typing import Any
 from torch import nn
 
 from secateur.graph.trace import Op, Recording, Ref, inputs_of, record
-from secateur.runtime.gates.gated import gated
+from secateur.runtime.gates.fbs import FBS
+from secateur.runtime.gates.gated import Gated, gated
+from secateur.runtime.gates.prefix import Prefix
 from secateur.types import PlanError
 
 RELU = ("aten::relu", "aten::relu_")
@@ -70,13 +72,71 @@ def gate(
         raise PlanError(f"no convolution can be gated: {'; '.join(f'{p}: {w}' for p, w in dense) or 'there is none'}.")
     model = copy.deepcopy(model)
     for chain in found:
-        conv: Any = model.get_submodule(chain.conv)
-        norm: Any = model.get_submodule(chain.norm) if chain.norm else None
         one = density[chain.conv] if isinstance(density, Mapping) else density
-        model.set_submodule(chain.conv, gated(conv, norm, one, pooling, groups))
-        if chain.norm:
-            model.set_submodule(chain.norm, nn.Identity())
+        put_(model, Layer(chain.conv, chain.norm, one, pooling, groups))
     return Gating(model, tuple(chain.conv for chain in found), dense)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A gate as a value: where it sits, the batch norm it took over ("": none), and its kind.
+
+    ``density`` None stands for a prefix gate of ``groups``, a number for an FBS gate with ``pooling``.
+    """
+
+    conv: str
+    norm: str
+    density: float | None
+    pooling: str = "l1"
+    groups: int = 4
+
+    @classmethod
+    def of(cls, row: Any) -> Layer:
+        """Return the layer of a JSON object that somebody wrote; raises ``PlanError`` for anything else."""
+        kinds = {"conv": str, "norm": str, "density": (float, int, type(None)), "pooling": str, "groups": int}
+        if not isinstance(row, dict) or row.keys() != kinds.keys():
+            raise PlanError(f"a gate has {', '.join(kinds)}; got {row!r}.")
+        wrong = [key for key, kind in kinds.items() if isinstance(row[key], bool) or not isinstance(row[key], kind)]
+        if wrong:
+            raise PlanError(f"{wrong[0]} of a gate is {row[wrong[0]]!r}.")
+        return cls(**row)
+
+
+def put_(model: nn.Module, layer: Layer) -> None:
+    """Put a gate on ``model`` in place; raises ``PlanError`` when ``layer`` does not fit it."""
+    conv: Any = _submodule(model, layer.conv)
+    norm: Any = _submodule(model, layer.norm) if layer.norm else None
+    if type(conv) is not nn.Conv2d or not (norm is None or isinstance(norm, nn.BatchNorm2d)):
+        found = type(conv).__name__ if norm is None else f"{type(conv).__name__} and {type(norm).__name__}"
+        raise PlanError(f"a gate at {layer.conv!r} takes a Conv2d and its BatchNorm2d; found {found}.")
+    if norm is not None and (norm.num_features != conv.out_channels or not norm.affine or norm.running_mean is None):
+        raise PlanError(f"the batch norm {layer.norm!r} does not fit the convolution {layer.conv!r}.")
+    made = gated(conv, norm, layer.density, layer.pooling, layer.groups)
+    made.took = layer.norm
+    model.set_submodule(layer.conv, made)
+    if layer.norm:
+        model.set_submodule(layer.norm, nn.Identity())
+
+
+def layers(model: nn.Module) -> tuple[Layer, ...]:
+    """Return the gates of ``model``, in the order of its modules.
+
+    >>> import torch
+    >>> chain = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+    >>> layers(gate(chain, 0.5, torch.rand(1, 3, 8, 8)).model)
+    (Layer(conv='0', norm='1', density=0.5, pooling='l1', groups=4),)
+    """
+    found = []
+    for path, module in model.named_modules():
+        if isinstance(module, Gated) and isinstance(module.gate, FBS):
+            found.append(Layer(path, module.took, module.gate.density, module.gate.pooling))
+        elif isinstance(module, Gated) and isinstance(module.gate, Prefix):
+            found.append(Layer(path, module.took, None, groups=module.gate.groups))
+    return tuple(found)
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+    return dict(model.named_modules()).get(path)
 
 
 def chains(model: nn.Module, rec: Recording) -> tuple[tuple[Chain, ...], tuple[tuple[str, str], ...]]:

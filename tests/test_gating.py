@@ -1,0 +1,137 @@
+"""Run-time pruning in a run: stages, records, checkpoints, resume, mistakes in recipes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import secateur as sc
+from secateur import gating
+from secateur.infer import evaluate, open_model
+from secateur.pipeline import run
+from secateur.recipe import Recipe, loads
+from secateur.runtime.gates import FBS, layers, watch
+from secateur.track.local import read
+from secateur.types import RecipeError
+
+TINY = """
+version: 1
+name: tiny_fbs
+threads: 1
+data: {limit: 120}
+model: {name: cifarnet, args: {widths: [8, 8, 8, 8, 8, 8, 8, 8]}}
+train: {epochs: 1, batch_size: 32, lr: 0.01}
+prune: {budget: {units: 1}, schedule: {name: once}}
+fbs: {densities: [1.0, 0.5], epochs: 1, alone: 1, layers: {"0": 1.0}}
+measure: {repeats: 2, batch_sizes: [1]}
+"""
+
+
+def recipe(*overrides: str) -> Recipe:
+    return loads(TINY, overrides=overrides)
+
+
+def rows(folder: Path, stage: str) -> list[Any]:
+    return [record.data for record in read(folder / "records.jsonl") if record.stage == stage]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(recipe(), tmp_path_factory.mktemp("gating") / "run")
+
+
+def test_a_run_lowers_the_density_and_ships_the_gated_model(done: Path) -> None:
+    (gates,), steps = rows(done, "gates"), rows(done, "gated")
+    assert [row["path"] for row in gates["gated"]] == ["0", "3", "6", "9", "13", "16", "19", "23"]
+    assert [row["density"] for row in steps] == [1.0, 0.5]
+    assert steps[0]["macs"] == gates["macs"]
+    model = sc.load(done / "gated.safetensors")
+    assert [layer.density for layer in layers(model)] == [1.0] + [0.5] * 7
+    with watch(model) as choices, torch.no_grad():
+        model(torch.rand(2, 1, 8, 8))
+    assert {path: int(choice.mask.sum()) for path, choice in choices.items()} == {
+        "0": 16,
+        **dict.fromkeys(list(choices)[1:], 8),
+    }
+    (measured,) = rows(done, "measure")
+    found = {row["name"]: row for row in measured["measurements"]["gated"]}
+    assert found["macs"]["value"] == pytest.approx(steps[1]["macs"])
+    quality, _ = evaluate(open_model(done / "gated.safetensors"))
+    assert quality.figures()["top1"] == found["test top1"]["value"]
+    assert len(rows(done, "epoch")) == 1 + 1 + 2
+    assert not (done / "ungated.safetensors").exists()
+    page = (done / "report.html").read_text()
+    assert "At run time" in page
+    assert f"{steps[1]['macs']:,.0f}" in page
+
+
+def test_gates_alone_leave_the_other_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, dict[str, torch.Tensor]] = {}
+
+    def looked(stage: Any) -> Any:
+        def run_stage(run: Any, model: Any, step: int, point: Any) -> Any:
+            seen["before"] = {name: p.detach().clone() for name, p in model.named_parameters()}
+            after = stage(run, model, step, point)
+            seen["after"] = {name: p.detach().clone() for name, p in model.named_parameters()}
+            return after
+
+        return run_stage
+
+    monkeypatch.setitem(gating.STAGES, gating.ALONE, looked(gating.alone))
+    run(recipe("fbs.densities=[0.5]"), tmp_path / "run")
+    moved = {name for name, value in seen["after"].items() if not torch.equal(value, seen["before"][name])}
+    assert moved
+    assert all(".gate.predictor." in name for name in moved)
+
+
+@pytest.mark.parametrize("stage", [gating.ON, gating.ALONE, gating.LOWER])
+def test_a_run_that_was_stopped_among_its_gates_ends_like_one_that_was_not(
+    stage: str, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stop(Exception):
+        pass
+
+    def stopping(*args: Any) -> Any:
+        real(*args)
+        raise Stop
+
+    real = gating.STAGES[stage]
+    with monkeypatch.context() as patch:
+        patch.setitem(gating.STAGES, stage, stopping)
+        with pytest.raises(Stop):
+            run(recipe(), tmp_path / "run")
+    torch.rand(3)
+    folder = run(recipe(), tmp_path / "run", resume=True)
+    one, two = load_file(done / "gated.safetensors"), load_file(folder / "gated.safetensors")
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert [row["macs"] for row in rows(folder, "gated")] == [row["macs"] for row in rows(done, "gated")]
+
+
+def test_gates_go_on_what_a_cut_left(tmp_path: Path) -> None:
+    folder = run(recipe("prune.budget={units: 0.5}", "fbs.densities=[0.5]", "fbs.alone=0"), tmp_path / "run")
+    (gates,), (model,) = rows(folder, "gates"), rows(folder, "model")
+    assert gates["macs"] < 0.5 * model["macs"]
+    small, gated = sc.load(folder / "pruned.safetensors"), sc.load(folder / "gated.safetensors")
+    assert gated[3].conv.weight.shape == small[3].weight.shape
+    assert any(isinstance(module, FBS) for module in gated.modules())
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("fbs.layers={nothing: 0.5}", "fbs.layers: 'nothing' names no convolution with a gate"),
+        ("fbs.densities=[]", "fbs.densities"),
+        ("fbs.densities=[0.5, 1.5]", "fbs.densities"),
+        ("fbs.densitys=[0.5]", "did you mean 'densities'"),
+        ("fbs.pooling=median", "fbs.pooling"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_written(override: str, told: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=told):
+        run(recipe(override), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
