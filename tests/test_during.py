@@ -197,7 +197,7 @@ def test_frozen_groups_stay_and_a_budget_can_stand_for_keep(tmp_path: Path) -> N
         (["prune.schedule={name: during, initial_iterations: 100}"], "no event that could reach it"),
         (["prune.schedule.increment=0"], "greater than or equal to 1"),
         (["prune.schedule.inital_iterations=1"], "unknown key"),
-        (["prune.criterion.evidence=training"], "contribution is gathered in a pass of its own"),
+        (["prune.criterion.evidence=training", "train.compile=true"], "contribution does not ride on compiled steps"),
     ],
 )
 def test_what_the_schedule_decides_is_not_said_twice(words: list[str], part: str) -> None:
