@@ -326,7 +326,7 @@ def test_the_report_shows_pictures_and_the_code(runs: Callable[..., Path]) -> No
     folder = runs()
     records = read(folder / "records.jsonl")
     page = (folder / "report.html").read_text()
-    assert page == render(records)  # of the records alone
+    assert page == render([record for record in records if record.stage != "end"])  # of the records alone
     shown = re.findall(r'src="([^"]*)"', page)
     assert len(shown) == 2
     for name, source in zip(("reconstructions", "samples"), shown, strict=True):

@@ -115,7 +115,7 @@ def everything(team: Team) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
     for name in CASES:
         model, rows = trained(team, name)
         tensors |= {f"{name}/{key}": value for key, value in model.state_dict().items()}
-        figures[name] = [{k: v for k, v in asdict(row).items() if k != "seconds"} for row in rows]
+        figures[name] = [{k: v for k, v in row.record().items() if k != "seconds"} for row in rows]
         if name in ("plain", "normed"):
             values, figures[f"{name} plan"] = scored(model)
             tensors |= {f"score {name}/{key}": value for key, value in values.items()}
