@@ -121,6 +121,17 @@ def test_gates_go_on_what_a_cut_left(tmp_path: Path) -> None:
     assert any(isinstance(module, FBS) for module in gated.modules())
 
 
+def test_gates_go_on_what_is_left_when_the_cuts_stop_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secateur.measure.accuracy.Classification.drop", lambda self, before, after: 1.0)
+    words = ("prune.budget={units: 0.5}", "prune.schedule={name: iterative, steps: 2}", "prune.stop_drop=0.5")
+    folder = run(recipe(*words, "fbs.densities=[0.5]", "fbs.alone=0"), tmp_path / "run")
+    assert len(rows(folder, "cut")) == len(rows(folder, "stopped")) == 1
+    (gates,), (model,), (step,) = rows(folder, "gates"), rows(folder, "model"), rows(folder, "gated")
+    assert gates["macs"] == model["macs"]  # the cut was taken back
+    assert step["macs"] < 0.5 * gates["macs"]
+    assert layers(sc.load(folder / "gated.safetensors"))[1].density == 0.5
+
+
 @pytest.mark.parametrize(
     ("override", "told"),
     [

@@ -121,13 +121,14 @@ def _carry_out(
     screen.line(f"run folder: {folder}")
     model = _restored(run, saved, at) if saved else _started(run, at)
     point = saved.point if saved else Point()
-    stages = plan_stages(len(run.targets), masks=recipe.prune.save_every is not None) + gating.stages(run)
+    stages = _stages(run)
     for run.stage in range(saved.stage if saved else 0, len(stages)):
         kind, step = stages[run.stage]
+        if run.stopped and kind in STAGES:
+            continue  # no cut follows; gates go on what there is
         model, point = {**STAGES, **gating.STAGES}[kind](run, model, step, point)
-        if run.stopped:
-            break
-        if run.stage + 1 < len(stages):
+        follows = stages[run.stage + 1 : run.stage + 2]
+        if follows and not (run.stopped and follows[0][0] in STAGES):
             run.save_state(run.stage + 1, model, point)
     finish(run, model)
     log.append("end", seconds=time.perf_counter() - begin, resumed=saved is not None)
@@ -138,6 +139,11 @@ def _carry_out(
 
 def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("secateur", "torch", "numpy")}
+
+
+def _stages(run: Run) -> list[tuple[str, int]]:
+    """Return all stages of a run but the last, ``finish``."""
+    return plan_stages(len(run.targets), masks=run.recipe.prune.save_every is not None) + gating.stages(run)
 
 
 def plan_stages(cuts: int, masks: bool = False) -> list[tuple[str, int]]:
@@ -212,13 +218,12 @@ def _started(run: Run, at: dict[str, Any] | None) -> nn.Module:
 def _restored(run: Run, state: State, at: dict[str, Any] | None) -> nn.Module:
     """Return the model of a saved state; the run's dense graph and plan are brought to it."""
     run.log.append("resume", at=state.stage, revision=at)
-    run.screen.line(f"resuming at stage {state.stage + 1} of {len(plan_stages(len(run.targets))) + 1}")
+    run.screen.line(f"resuming at stage {state.stage + 1} of {len(_stages(run)) + 1}")
     if state.stage > 0:
         with run.team.copy_of(run.folder / DENSE) as path:
             run.dense = traced(load(path, model=run.dense.model).to(run.team.device), run.data, run.recipe)
     run.plan = Plan.from_json(state.plan) if state.plan else whole(run.dense)
-    before = [*plan_stages(len(run.targets)), *gating.stages(run)][: state.stage]
-    if any(kind == gating.ON for kind, _ in before):
+    if any(kind == gating.ON for kind, _ in _stages(run)[: state.stage]):
         return gating.restored(run, state.model)
     if state.stage == 1 and run.recipe.prune.save_every is not None:  # masks: all tensors have their dense shape
         model = copy.deepcopy(run.dense.model)
