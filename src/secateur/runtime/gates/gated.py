@@ -32,9 +32,9 @@ class Gated(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the gated maps (B, C, H, W) of ``x``; channels that are not chosen are exactly 0."""
         choice: Choice = self.gate(x)
-        y = self.norm(self.conv(x)) + self.shift[:, None, None]
-        pi = (choice.saliency * choice.mask)[:, :, None, None]
-        return torch.where(choice.mask[:, :, None, None], pi * y, 0)
+        y = self.norm(self.conv(x))
+        shift, pi = self.shift.to(y.dtype), (choice.saliency * choice.mask).to(y.dtype)  # no wider maps under autocast
+        return (y + shift[:, None, None]) * pi[:, :, None, None]
 
 
 @torch.no_grad()
