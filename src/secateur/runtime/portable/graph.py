@@ -1,0 +1,69 @@
+"""An ONNX graph in the making: nodes, constants, branches."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+OPSET, IR = 17, 8  # what ONNX Runtime reads since 1.12
+
+
+@dataclass(eq=False)
+class Graph:
+    """Nodes and constants so far; a branch is a graph of its own that shares the ``names``."""
+
+    names: Iterator[int] = field(default_factory=itertools.count)
+    nodes: list[Any] = field(default_factory=list)
+    constants: list[Any] = field(default_factory=list)
+
+    def op(self, kind: str, *ins: str, **attributes: Any) -> str:
+        """Add an operator; return the name of what it gives."""
+        return self.ops(kind, *ins, outs=1, **attributes)[0]
+
+    def ops(self, kind: str, *ins: str, outs: int, **attributes: Any) -> list[str]:
+        """Add an operator of ``outs`` outputs; return their names."""
+        given = [f"{kind}{next(self.names)}" for _ in range(outs)]
+        self.nodes.append(helper.make_node(kind, list(ins), given, name=given[0], **attributes))
+        return given
+
+    def constant(self, values: Any, kind: Any = np.float32) -> str:
+        """Return the name of a constant tensor."""
+        name = f"c{next(self.names)}"
+        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(values, dtype=kind), name))
+        return name
+
+    def choose(self, index: str, ways: Sequence[Callable[[Graph], str]]) -> str:
+        """Return the result of way number ``index`` (an integer scalar), and run only that one.
+
+        The ways are leaves of a binary tree of ``If``, so that few are asked.
+        """
+        if len(ways) == 1:
+            return ways[0](self)
+        half = len(ways) // 2
+        lower = self.op("Less", index, self.constant(half, np.int64))
+        rest = self._branch(lambda g: g.choose(g.op("Sub", index, g.constant(half, np.int64)), ways[half:]))
+        return self.op("If", lower, then_branch=self._branch(lambda g: g.choose(index, ways[:half])), else_branch=rest)
+
+    def _branch(self, make: Callable[[Graph], str]) -> Any:
+        inner = Graph(self.names)
+        result = helper.make_tensor_value_info(make(inner), TensorProto.FLOAT, None)
+        return helper.make_graph(inner.nodes, f"branch{next(self.names)}", [], [result], inner.constants)
+
+    def model(self, ins: dict[str, tuple[Any, Sequence[int | str]]], result: str) -> bytes:
+        """Return the file of a model with inputs ``ins`` (name -> numpy type and shape) and one output."""
+        inputs = [
+            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(kind)), shape)
+            for name, (kind, shape) in ins.items()
+        ]
+        output = helper.make_tensor_value_info(result, TensorProto.FLOAT, None)
+        graph = helper.make_graph(self.nodes, "secateur", inputs, [output], self.constants)
+        model: onnx.ModelProto = helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR, producer_name="secateur"
+        )
+        return model.SerializeToString()

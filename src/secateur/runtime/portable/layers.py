@@ -1,0 +1,237 @@
+"""From the layers of a program to ONNX operators that compute what the gates choose."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from secateur.runtime.gates import FBS, Prefix
+from secateur.runtime.portable.gates import Policy, array, saliency, winners
+from secateur.runtime.portable.graph import Graph
+from secateur.runtime.portable.maps import Map, added, joined, whole
+from secateur.runtime.program import Node, Program
+from secateur.types import EngineError
+
+COPIES = 2**24  # weights in all branches of one layer; above, a prefix is sliced from one copy in each call
+
+
+@dataclass(eq=False)
+class Lowering:
+    """The graph in the making, and the map that stands for each value of the program."""
+
+    program: Program
+    policy: Policy
+    graph: Graph = field(default_factory=Graph)
+    maps: dict[int, Map] = field(default_factory=dict)
+
+    def side(self, node: Node) -> tuple[int, int]:
+        """Height and width of what ``node`` gives."""
+        return self.program.shapes[node.out][1:]
+
+    def made(self, node: Node, name: str, **held: Any) -> None:
+        """Let ``name``, after ReLU if the node has one, stand for what ``node`` gives."""
+        held.setdefault("positive", node.relu)
+        name = self.graph.op("Relu", name) if node.relu else name
+        self.maps[node.out] = Map(name, self.program.shapes[node.out][0], self.side(node), **held)
+
+
+def lower(program: Program, policy: Policy) -> tuple[Graph, str]:
+    """Return the graph of ``program``, which reads ``image``, and the name of its result."""
+    low = Lowering(program, policy)
+    low.maps[program.source] = Map("image", program.shapes[program.source][0], program.shapes[program.source][1:])
+    for node in program.nodes:
+        RULES[node.kind](low, node)
+    return low.graph, whole(low.graph, low.maps[program.result]).name
+
+
+def _conv(low: Lowering, node: Node) -> None:
+    if node.weight is None or node.scale is None or node.shift is None:
+        raise EngineError(f"the convolution {node.path!r} has no weights.")
+    scale, shift = node.scale, node.shift
+    if isinstance(node.gate, Prefix):
+        gain = node.gate.gain.detach().cpu().double()
+        scale, shift = scale.cpu() * gain, shift.cpu() * gain
+    weight = array(node.weight.detach().double() * scale[:, None, None, None])
+    x = low.maps[node.ins[0]]
+    if isinstance(node.gate, FBS) and node.gate.enabled:
+        _boosted(low, node, node.gate, weight, array(shift), x)
+    elif isinstance(node.gate, FBS):
+        pi = array(node.gate.predictor.bias.relu())
+        low.made(node, _plain(low, node, weight * pi[:, None, None, None], array(shift) * pi, x))
+    elif x.action or (isinstance(node.gate, Prefix) and _acted(low, node)):
+        _prefixed(low, node, weight, array(shift), x)
+    else:
+        low.made(node, _plain(low, node, weight, array(shift), x))
+
+
+def _acted(low: Lowering, node: Node) -> bool:
+    """Is there an action for this layer?"""
+    return low.policy.controller is None or node.path in low.policy.paths
+
+
+def _run(graph: Graph, node: Node, x: str, weight: str, shift: str, groups: int = 1) -> str:
+    """Add a convolution with the geometry of ``node``."""
+    pads = [*node.padding, *node.padding]
+    geometry = {"kernel_shape": node.kernel, "strides": node.stride, "dilations": node.dilation, "pads": pads}
+    return graph.op("Conv", x, weight, shift, group=groups, **geometry)
+
+
+def _plain(low: Lowering, node: Node, weight: np.ndarray, shift: np.ndarray, x: Map) -> str:
+    """Compute all outputs, from the inputs that ``x`` holds where these are known as numbers."""
+    graph = low.graph
+    if not x.ids or node.groups > 1:
+        return _run(graph, node, whole(graph, x).name, graph.constant(weight), graph.constant(shift), node.groups)
+    return _run(graph, node, x.name, graph.op("Gather", graph.constant(weight), x.ids, axis=1), graph.constant(shift))
+
+
+def _boosted(low: Lowering, node: Node, gate: FBS, weight: np.ndarray, shift: np.ndarray, x: Map) -> None:
+    """FBS: pool, predict, select; then the chosen filters over the channels that are there, times the saliency.
+
+    In a grouped layer that is not depthwise, channels are chosen after all were computed.
+    """
+    graph, units, k = low.graph, len(weight), gate.k
+    pi = saliency(graph, x, gate)
+    ids, held = "", {}
+    if k < units:
+        pi, ids = winners(graph, pi, k)
+        held = {"ids": ids, "held": k}
+    depthwise = node.groups == units == x.units and node.groups > 1
+    if not ids or (node.groups > 1 and not depthwise):
+        y = _plain(low, node, weight, shift, x)
+        y = graph.op("Gather", y, ids, axis=1) if ids else y
+    elif depthwise:
+        x = whole(graph, x)
+        filters = graph.op("Gather", graph.constant(weight), ids)
+        y = _run(graph, node, graph.op("Gather", x.name, ids, axis=1), filters, _picked(graph, shift, ids), k)
+    else:
+        filters = graph.op("Gather", graph.constant(weight), ids)
+        filters = graph.op("Gather", filters, x.ids, axis=1) if x.ids else filters
+        y = _run(graph, node, x.name, filters, _picked(graph, shift, ids))
+    y = graph.op("Relu", y) if node.relu else y  # pi is not negative, so ReLU may come first, fused with Conv
+    y = graph.op("Mul", y, graph.op("Reshape", pi, graph.constant([1, -1, 1, 1], np.int64)))
+    low.maps[node.out] = Map(y, units, low.side(node), node.relu, **held)
+
+
+def _picked(graph: Graph, values: np.ndarray, ids: str) -> str:
+    return graph.op("Gather", graph.constant(values), ids)
+
+
+def _prefixed(low: Lowering, node: Node, weight: np.ndarray, shift: np.ndarray, x: Map) -> None:
+    """RNP: a branch of constant weights for each pair of actions, of the layer that made ``x`` and of this one.
+
+    A grouped layer is computed whole and its prefix taken.
+    """
+    graph, gate = low.graph, node.gate
+    x = x if x.action or x.all else whole(graph, x)
+    before, action = (x.sizes if x.action else (x.units,)), ""
+    after: tuple[int, ...] = (len(weight),)
+    if isinstance(gate, Prefix) and _acted(low, node):
+        after, action = tuple(gate.sizes), low.policy.action(graph, node.path, x)
+    taps = math.prod(node.kernel)
+    if node.groups > 1:
+        y = _plain(low, node, weight, shift, x)
+        y = graph.op("Relu", y) if node.relu else y
+        y = graph.op("Slice", y, *_ends(graph, action, after), graph.constant([1], np.int64)) if action else y
+    elif sum(before) * sum(after) * taps > COPIES:
+        y = _sliced(graph, node, weight, shift, (x, action, after))
+    else:
+        index = _index(graph, x.action, action, len(after))
+        pairs = [(n, m) for n in before for m in after]
+
+        def way(inputs: int, outputs: int) -> Callable[[Graph], str]:
+            def make(inner: Graph) -> str:
+                part = inner.constant(weight[:outputs, :inputs]), inner.constant(shift[:outputs])
+                done = _run(inner, node, x.name, *part)
+                return inner.op("Relu", done) if node.relu else done
+
+            return make
+
+        y = graph.choose(index, [way(n, m) for n, m in pairs])
+    held = {"action": action, "sizes": after} if action else {}
+    low.maps[node.out] = Map(y, len(weight), low.side(node), node.relu, **held)
+
+
+def _index(graph: Graph, before: str, after: str, count: int) -> str:
+    """Return the number of a pair of actions; a missing one ("") counts as 0."""
+    if not before:
+        return after
+    first = graph.op("Mul", before, graph.constant(count, np.int64))
+    return graph.op("Add", first, after) if after else first
+
+
+def _ends(graph: Graph, action: str, sizes: tuple[int, ...]) -> tuple[str, str]:
+    """Return 0 and the size of the prefix that ``action`` takes, for ``Slice``."""
+    end = graph.constant(sizes, np.int64)
+    if action:
+        end = graph.op("Gather", end, graph.op("Reshape", action, graph.constant([1], np.int64)))
+    return graph.constant([0], np.int64), end
+
+
+def _sliced(graph: Graph, node: Node, weight: np.ndarray, shift: np.ndarray, to: tuple[Map, str, tuple]) -> str:
+    """Cut the prefixes from one copy of the weights."""
+    x, action, after = to
+    filters = graph.constant(weight)
+    out = _ends(graph, action, after)
+    filters = graph.op("Slice", filters, *out, graph.constant([0], np.int64))
+    if x.action:
+        filters = graph.op("Slice", filters, *_ends(graph, x.action, x.sizes), graph.constant([1], np.int64))
+    y = _run(graph, node, x.name, filters, graph.op("Slice", graph.constant(shift), *out))
+    return graph.op("Relu", y) if node.relu else y
+
+
+def _linear(low: Lowering, node: Node) -> None:
+    if node.weight is None or node.shift is None:
+        raise EngineError(f"the linear layer {node.path!r} has no weights.")
+    graph = low.graph
+    x = graph.op("Flatten", whole(graph, low.maps[node.ins[0]]).name)
+    weight, shift = graph.constant(array(node.weight)), graph.constant(array(node.shift))
+    low.made(node, graph.op("Gemm", x, weight, shift, transB=1))
+
+
+def _mean(low: Lowering, node: Node) -> None:
+    x = low.maps[node.ins[0]]
+    low.maps[node.out] = x.now(low.graph.op("GlobalAveragePool", x.name), (1, 1))
+
+
+def _pool(low: Lowering, node: Node) -> None:
+    x, side = low.maps[node.ins[0]], low.side(node)
+    pads = [*node.padding, *node.padding]
+    for axis in range(2):  # windows that hang over the end (ceil mode)
+        reach = (side[axis] - 1) * node.stride[axis] + node.dilation[axis] * (node.kernel[axis] - 1) + 1
+        pads[2 + axis] = max(0, reach - x.side[axis] - node.padding[axis])
+    geometry: dict[str, Any] = {"kernel_shape": node.kernel, "strides": node.stride, "pads": pads}
+    if node.pooling == "max":
+        y = low.graph.op("MaxPool", x.name, dilations=node.dilation, **geometry)
+    else:
+        y = low.graph.op("AveragePool", x.name, count_include_pad=1, **geometry)
+    y = low.graph.op("Relu", y) if node.relu else y
+    low.maps[node.out] = x.now(y, side, x.positive or node.relu)
+
+
+def _relu(low: Lowering, node: Node) -> None:
+    x = low.maps[node.ins[0]]
+    low.maps[node.out] = x.now(low.graph.op("Relu", x.name), positive=True)
+
+
+def _add(low: Lowering, node: Node) -> None:
+    y = added(low.graph, low.maps[node.ins[0]], low.maps[node.ins[1]])
+    low.maps[node.out] = y.now(low.graph.op("Relu", y.name), positive=True) if node.relu else y
+
+
+def _cat(low: Lowering, node: Node) -> None:
+    low.maps[node.out] = joined(low.graph, [low.maps[value] for value in node.ins])
+
+
+RULES: dict[str, Callable[[Lowering, Node], None]] = {
+    "conv": _conv,
+    "linear": _linear,
+    "mean": _mean,
+    "pool": _pool,
+    "relu": _relu,
+    "add": _add,
+    "cat": _cat,
+}
