@@ -14,7 +14,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from secateur import criteria
+    from secateur import criteria, runtime
     from secateur.allocate import allocate
     from secateur.checkpoint import load, save
     from secateur.compact import compact, compact_optimizer
@@ -69,6 +69,7 @@ __all__ = [
     "load",
     "mask_",
     "prune",
+    "runtime",
     "save",
     "score",
     "trace",
@@ -88,8 +89,8 @@ class _Package(types.ModuleType):
         return super().__getattribute__(name)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "criteria":
-            return importlib.import_module("secateur.criteria")
+        if name in ("criteria", "runtime"):
+            return importlib.import_module(f"secateur.{name}")
         raise AttributeError(f"secateur has no {name!r}; public names: {', '.join(__all__)}")
 
 

@@ -11,6 +11,7 @@ try:
 except ImportError as error:
     raise EngineError("the engine needs llvmlite; install it with `pip install secateur[engine]`.") from error
 
-from secateur.runtime.engine.engine import Engine, Fallback, compile_engine
+from secateur.runtime.engine.engine import Engine, compile_engine
+from secateur.runtime.fallback import Fallback
 
 __all__ = ["Engine", "Fallback", "compile_engine"]

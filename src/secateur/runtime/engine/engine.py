@@ -6,7 +6,6 @@ import itertools
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +14,10 @@ from torch import nn
 from secateur.runtime.engine import native
 from secateur.runtime.engine.layers import lowered
 from secateur.runtime.engine.team import HEAD, HELPED, STOP, TICKET
+from secateur.runtime.fallback import Fallback, check
 from secateur.runtime.program import read
 from secateur.types import EngineError
 
-TOLERANCE = 1e-3  # of the largest output, on the example; a wrong kernel is off by far more
 ALIGNED = 64
 
 
@@ -99,19 +98,6 @@ def _step(x: torch.Tensor) -> int:
     return x.element_size() * (x[0].numel() if len(x) else 0)
 
 
-class Fallback:
-    """The model itself in eval mode, where the engine cannot run it; ``reason`` says why."""
-
-    def __init__(self, model: nn.Module, reason: str) -> None:
-        self.model = model
-        self.reason = reason
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the output of the model."""
-        with torch.no_grad():
-            return self.model.eval()(x.detach().float())
-
-
 def compile_engine(
     model: nn.Module, example: torch.Tensor, *, threads: int = 1, strict: bool = False, width: int | None = None
 ) -> Callable[..., torch.Tensor]:
@@ -130,7 +116,7 @@ def compile_engine(
     model.eval()
     try:
         engine = Engine(model, example, threads, native.lanes() if width is None else width)
-        _check(engine, model, example)
+        check(engine, model, example, "the engine")
         return engine
     except EngineError as error:
         if strict:
@@ -138,15 +124,3 @@ def compile_engine(
         return Fallback(model, str(error))
     finally:
         model.train(training)
-
-
-def _check(engine: Engine, model: nn.Module, example: Any) -> None:
-    """Raise ``EngineError`` when engine and model disagree on the example."""
-    with torch.no_grad():
-        expected = model(example.detach().float())
-    got = engine(example)
-    if not expected.numel():
-        return
-    error = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
-    if not error <= TOLERANCE and bool(expected.isfinite().all()):
-        raise EngineError(f"the engine is off by {error:.1e} of the largest output on the example; please report it.")

@@ -82,7 +82,7 @@ class Policy:
         if not self.weights:
             self.weights = [graph.constant(part) for part in _cell(controller.cell)]
         code = graph.op("Reshape", product(graph, seen, encoder), graph.constant([1, 1, -1], np.int64))
-        before = [""] + [self.state] if self.state else []
+        before = ["", self.state] if self.state else []
         ins = (code, *self.weights, *before)
         _, self.state = graph.ops("GRU", *ins, outs=2, hidden_size=hidden, linear_before_reset=1)
         return product(graph, graph.op("Reshape", self.state, graph.constant([1, -1], np.int64)), controller.decoder)

@@ -16,7 +16,8 @@ from secateur.runtime.portable.maps import Map, added, joined, whole
 from secateur.runtime.program import Node, Program
 from secateur.types import EngineError
 
-COPIES = 2**24  # weights in all branches of one layer; above, a prefix is sliced from one copy in each call
+COPIES = 2**22  # weights in all branches of one layer; above, a prefix is sliced from one copy in each call
+PAIR = 320  # multiply-accumulates in the time that picking one kernel of an input and an output takes
 
 
 @dataclass(eq=False)
@@ -83,9 +84,16 @@ def _run(graph: Graph, node: Node, x: str, weight: str, shift: str, groups: int 
 def _plain(low: Lowering, node: Node, weight: np.ndarray, shift: np.ndarray, x: Map) -> str:
     """Compute all outputs, from the inputs that ``x`` holds where these are known as numbers."""
     graph = low.graph
-    if not x.ids or node.groups > 1:
+    if not _worthwhile(low, node, x) or node.groups > 1:
         return _run(graph, node, whole(graph, x).name, graph.constant(weight), graph.constant(shift), node.groups)
     return _run(graph, node, x.name, graph.op("Gather", graph.constant(weight), x.ids, axis=1), graph.constant(shift))
+
+
+def _worthwhile(low: Lowering, node: Node, x: Map) -> bool:
+    """Is it faster to pick the weights of the inputs that ``x`` holds than to compute with zeros for the others?"""
+    if not x.ids:
+        return False
+    return (x.units - x.held) / x.held * math.prod(low.side(node)) * math.prod(node.kernel) > PAIR
 
 
 def _boosted(low: Lowering, node: Node, gate: FBS, weight: np.ndarray, shift: np.ndarray, x: Map) -> None:
@@ -108,8 +116,10 @@ def _boosted(low: Lowering, node: Node, gate: FBS, weight: np.ndarray, shift: np
         filters = graph.op("Gather", graph.constant(weight), ids)
         y = _run(graph, node, graph.op("Gather", x.name, ids, axis=1), filters, _picked(graph, shift, ids), k)
     else:
+        picked = _worthwhile(low, node, x)
+        x = x if picked else whole(graph, x)
         filters = graph.op("Gather", graph.constant(weight), ids)
-        filters = graph.op("Gather", filters, x.ids, axis=1) if x.ids else filters
+        filters = graph.op("Gather", filters, x.ids, axis=1) if picked else filters
         y = _run(graph, node, x.name, filters, _picked(graph, shift, ids))
     y = graph.op("Relu", y) if node.relu else y  # pi is not negative, so ReLU may come first, fused with Conv
     y = graph.op("Mul", y, graph.op("Reshape", pi, graph.constant([1, -1, 1, 1], np.int64)))

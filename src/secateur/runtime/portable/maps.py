@@ -33,7 +33,9 @@ class Map:
 
     def now(self, name: str, side: tuple[int, int] | None = None, positive: bool | None = None) -> Map:
         """Return the map after something that works on each channel for itself."""
-        return replace(self, name=name, side=side or self.side, positive=self.positive if positive is None else positive)
+        return replace(
+            self, name=name, side=side or self.side, positive=self.positive if positive is None else positive
+        )
 
 
 def whole(graph: Graph, x: Map) -> Map:
