@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from secateur.graph.trace import Op, Recording, Ref, inputs_of, record
-from secateur.runtime.gates import Gated
+from secateur.runtime.gates import FBS, Gated
 from secateur.types import EngineError
 
 
@@ -94,6 +94,11 @@ def read(model: nn.Module, example: Any) -> Program:
     args, kwargs = inputs_of(example)
     if len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor) or args[0].dim() != 4:
         raise EngineError("the network must take one tensor (batch, channels, height, width).")
+    off = [path for path, module in model.named_modules() if getattr(module, "enabled", True) is False]
+    if off:
+        raise EngineError(
+            f"the gate {off[0]!r} is switched off (enabled = False); switch it on, at density 1 if need be."
+        )
     rec = record(model, args, kwargs)
     ops = rec.ops[: rec.eval_ops]
     source = next(i for i, v in enumerate(rec.values) if v.origin == "input")

@@ -33,11 +33,10 @@ class Lowering:
         """Height and width of what ``node`` gives."""
         return self.program.shapes[node.out][1:]
 
-    def made(self, node: Node, name: str, **held: Any) -> None:
-        """Let ``name``, after ReLU if the node has one, stand for what ``node`` gives."""
-        held.setdefault("positive", node.relu)
+    def made(self, node: Node, name: str) -> None:
+        """Let ``name``, after ReLU if the node has one, stand for what ``node`` gives, all channels of it."""
         name = self.graph.op("Relu", name) if node.relu else name
-        self.maps[node.out] = Map(name, self.program.shapes[node.out][0], self.side(node), **held)
+        self.maps[node.out] = Map(name, self.program.shapes[node.out][0], self.side(node), node.relu)
 
 
 def lower(program: Program, policy: Policy) -> tuple[Graph, str]:
@@ -58,11 +57,8 @@ def _conv(low: Lowering, node: Node) -> None:
         scale, shift = scale.cpu() * gain, shift.cpu() * gain
     weight = array(node.weight.detach().double() * scale[:, None, None, None])
     x = low.maps[node.ins[0]]
-    if isinstance(node.gate, FBS) and node.gate.enabled:
+    if isinstance(node.gate, FBS):
         _boosted(low, node, node.gate, weight, array(shift), x)
-    elif isinstance(node.gate, FBS):
-        pi = array(node.gate.predictor.bias.relu())
-        low.made(node, _plain(low, node, weight * pi[:, None, None, None], array(shift) * pi, x))
     elif x.action or (isinstance(node.gate, Prefix) and _acted(low, node)):
         _prefixed(low, node, weight, array(shift), x)
     else:
@@ -103,10 +99,9 @@ def _boosted(low: Lowering, node: Node, gate: FBS, weight: np.ndarray, shift: np
     """
     graph, units, k = low.graph, len(weight), gate.k
     pi = saliency(graph, x, gate)
-    ids, held = "", {}
+    ids = ""
     if k < units:
         pi, ids = winners(graph, pi, k)
-        held = {"ids": ids, "held": k}
     depthwise = node.groups == units == x.units and node.groups > 1
     if not ids or (node.groups > 1 and not depthwise):
         y = _plain(low, node, weight, shift, x)
@@ -123,7 +118,7 @@ def _boosted(low: Lowering, node: Node, gate: FBS, weight: np.ndarray, shift: np
         y = _run(graph, node, x.name, filters, _picked(graph, shift, ids))
     y = graph.op("Relu", y) if node.relu else y  # pi is not negative, so ReLU may come first, fused with Conv
     y = graph.op("Mul", y, graph.op("Reshape", pi, graph.constant([1, -1, 1, 1], np.int64)))
-    low.maps[node.out] = Map(y, units, low.side(node), node.relu, **held)
+    low.maps[node.out] = Map(y, units, low.side(node), node.relu, ids=ids, held=k if ids else 0)
 
 
 def _picked(graph: Graph, values: np.ndarray, ids: str) -> str:
@@ -161,8 +156,8 @@ def _prefixed(low: Lowering, node: Node, weight: np.ndarray, shift: np.ndarray, 
             return make
 
         y = graph.choose(index, [way(n, m) for n, m in pairs])
-    held = {"action": action, "sizes": after} if action else {}
-    low.maps[node.out] = Map(y, len(weight), low.side(node), node.relu, **held)
+    sizes = after if action else ()
+    low.maps[node.out] = Map(y, len(weight), low.side(node), node.relu, action=action, sizes=sizes)
 
 
 def _index(graph: Graph, before: str, after: str, count: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -57,15 +58,13 @@ class Portable:
         chosen = self._actions(actions, len(images))
         if not len(images):
             return torch.empty(0, *self.result)
-        if not self.single:
-            return torch.from_numpy(self._session.run(None, {"image": images})[0]).reshape(-1, *self.result)
-        rows = []
-        for number in range(len(images)):
-            given = {"image": images[number : number + 1]}
-            if self.paths:
-                given["actions"] = chosen[number]
-            rows.append(self._session.run(None, given)[0])
-        return torch.from_numpy(np.concatenate(rows)).reshape(-1, *self.result)
+        parts = [slice(n, n + 1) for n in range(len(images))] if self.single else [slice(None)]
+        return torch.cat([self._run(images[part], chosen[part]) for part in parts])
+
+    def _run(self, images: np.ndarray, actions: np.ndarray) -> torch.Tensor:
+        given = {"image": images} | ({"actions": actions[0]} if self.paths else {})
+        found: Any = self._session.run(None, given)[0]
+        return torch.from_numpy(found).reshape(len(images), *self.result)
 
     def _actions(self, actions: Mapping[str, torch.Tensor] | None, batch: int) -> np.ndarray:
         if actions is None:
