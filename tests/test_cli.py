@@ -66,7 +66,7 @@ def finished(recipe: Path) -> Path:
 
 @pytest.mark.parametrize(
     "command",
-    ["run", "inspect", "evaluate", "predict", "init", "schema", "report", "compare", "sweep", "track push"],
+    ["run", "inspect", "evaluate", "predict", "bench", "init", "schema", "report", "compare", "sweep", "track push"],
 )
 def test_every_command_has_help(command: str) -> None:
     result = call(*command.split(), "--help")

@@ -58,6 +58,7 @@ PARTS = {  # files that carry a part of one of the names above, or stand apart f
     "watching": "pipeline",
     "progressive": "pipeline",
     "infer": "pipeline",
+    "bench": "pipeline",
     "look": "pipeline",
     "compare": "pipeline",
     "sweep": "pipeline",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.measure.latency import compare, latency
+from secateur.measure.latency import compare, latency, race
 from secateur.measure.summary import layers, table
 from secateur.measure.task import evaluate
 from secateur.types import MeasureError, Measurement
@@ -111,3 +111,11 @@ def test_the_summary_counts_shared_parameters_once() -> None:
     assert "total                                                                                24" in table(
         rows, {"total": 24}
     )
+
+
+def test_a_race_is_against_the_fastest_dense() -> None:
+    ways = {"slow": Sleeper(0.006), "fast": Sleeper(0.003), "callable": lambda x: time.sleep(0.0015)}
+    taken, gains = race(ways, torch.rand(2, 1), {"slow", "fast"}, repeats=5)
+    assert taken["slow"].value > taken["fast"].value > taken["callable"].value
+    assert gains["slow"].value < gains["fast"].value == pytest.approx(1) < gains["callable"].value
+    assert "fast / this" in gains["callable"].how

@@ -244,6 +244,33 @@ def predict(
 
 @app.command()
 @guarded
+def bench(
+    path: Annotated[Path, typer.Argument(metavar="CHECKPOINT_OR_RUN", help="A .safetensors file, or a run's folder.")],
+    batch_size: Annotated[
+        list[int] | None, typer.Option("--batch-size", min=1, help="Images per call; repeatable. [default: 1 and 32]")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of every way to run it.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds, in which all ways take turns.")] = 30,
+    out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers here, too.")] = None,
+    root: Annotated[str | None, typer.Option(metavar="DIR", help="Where the data is, when it moved.")] = None,
+    trust: Trust = None,
+) -> None:
+    """Time a network run dense, with masks, in the engine, in ONNX Runtime, and as a static one of equal MACs."""
+    from dataclasses import asdict
+
+    from secateur.bench import bench as measured
+    from secateur.bench import text
+    from secateur.train.resume import atomic_write
+
+    sizes = batch_size or [1, 32]
+    found = measured(path, sizes, threads=threads, repeats=repeats, root=root, trust=trust or ())
+    typer.echo(text(found))
+    if out:
+        atomic_write(out, (json.dumps(asdict(found), indent=1) + "\n").encode())
+
+
+@app.command()
+@guarded
 def init(
     path: Annotated[Path, typer.Argument(metavar="[FILE]", help="Where to write it.")] = Path("recipe.yaml"),
 ) -> None:

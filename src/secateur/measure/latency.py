@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +43,30 @@ def compare(
     return slow, fast, gain
 
 
-def _rounds(models: Mapping[str, nn.Module], inputs: torch.Tensor, repeats: int, warmup: int) -> dict[str, np.ndarray]:
+def race(
+    models: Mapping[str, Callable[[torch.Tensor], Any]],
+    inputs: torch.Tensor,
+    dense: Collection[str],
+    *,
+    repeats: int = 30,
+    warmup: int = 3,
+) -> tuple[dict[str, Measurement], dict[str, Measurement]]:
+    """Return the latency of each model or callable, and how many times faster it is than the fastest of ``dense``.
+
+    Measured like ``latency``; the fastest is the one of the smallest median, the gain the median over rounds of its
+    time / the other's.
+    """
+    times, how = _rounds(models, inputs, repeats, warmup), _how(inputs, repeats)
+    fastest = min(dense, key=lambda name: float(np.median(times[name])))
+    size, device, told = len(inputs), inputs.device, f"{fastest} / this, {how}"
+    taken = {key: _measurement(f"latency batch {size}", t, "ms", device, how) for key, t in times.items()}
+    gains = {key: times[fastest] / t for key, t in times.items()}
+    return taken, {key: _measurement(f"speed-up batch {size}", g, "times", device, told) for key, g in gains.items()}
+
+
+def _rounds(
+    models: Mapping[str, Callable[..., Any]], inputs: torch.Tensor, repeats: int, warmup: int
+) -> dict[str, np.ndarray]:
     """Return the milliseconds per call of each model in each round."""
     if not models or repeats < 1:
         raise MeasureError(f"latency needs models and repeats >= 1; got {len(models)} models, {repeats}.")
@@ -73,16 +98,17 @@ def _synchronize(device: torch.device) -> Callable[[], None]:
     return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
 
 
-def _calls(model: nn.Module, inputs: torch.Tensor, warmup: int) -> int:
+def _calls(model: Callable[..., Any], inputs: torch.Tensor, warmup: int) -> int:
     """Warm the model up and return how many calls fill one sample."""
     seconds = min(_timed(model, inputs, 1) for _ in range(max(1, warmup))) / 1e3
     return max(1, min(1000, round(SAMPLE_SECONDS / max(seconds, 1e-9))))
 
 
-def _timed(model: nn.Module, inputs: torch.Tensor, calls: int) -> float:
+def _timed(model: Callable[..., Any], inputs: torch.Tensor, calls: int) -> float:
     """Return the milliseconds per call of ``calls`` calls."""
     wait = _synchronize(inputs.device)
-    with eval_mode(model), torch.no_grad():
+    mode = eval_mode(model) if isinstance(model, nn.Module) else contextlib.nullcontext()
+    with mode, torch.no_grad():
         wait()
         begin = time.perf_counter()
         for _ in range(calls):

@@ -94,11 +94,9 @@ def read(model: nn.Module, example: Any) -> Program:
     args, kwargs = inputs_of(example)
     if len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor) or args[0].dim() != 4:
         raise EngineError("the network must take one tensor (batch, channels, height, width).")
-    off = [path for path, module in model.named_modules() if getattr(module, "enabled", True) is False]
+    off = [path for path, module in model.named_modules() if isinstance(module, FBS) and not module.enabled]
     if off:
-        raise EngineError(
-            f"the gate {off[0]!r} is switched off (enabled = False); switch it on, at density 1 if need be."
-        )
+        raise EngineError(f"the gate {off[0]!r} is switched off; set enabled = True, with density 1 to compute all.")
     rec = record(model, args, kwargs)
     ops = rec.ops[: rec.eval_ops]
     source = next(i for i, v in enumerate(rec.values) if v.origin == "input")

@@ -1,0 +1,37 @@
+"""The network that gates were put on, as their weights are now."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from secateur.runtime.gates import FBS, Gated, Steered
+
+
+@torch.no_grad()
+def plain(model: nn.Module) -> nn.Module:
+    """Return a copy of ``model`` without gates (and controller): convolutions, batch norms, and a constant scale.
+
+    That scale is rho of an FBS gate and the gain of a prefix gate, so the copy equals the gated model with all FBS
+    gates switched off, and with the largest actions.
+
+    >>> from secateur.runtime.gates import gate
+    >>> chain = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+    >>> plain(gate(chain, 0.5, torch.rand(1, 3, 8, 8)).model)[1]
+    BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+    """
+    model = copy.deepcopy(model.model if isinstance(model, Steered) else model)
+    for path, layer in [(path, module) for path, module in model.named_modules() if isinstance(module, Gated)]:
+        scale = layer.gate.predictor.bias.relu() if isinstance(layer.gate, FBS) else layer.gate.gain
+        conv, norm, shift = layer.conv, layer.norm, layer.shift * scale
+        if isinstance(norm, nn.BatchNorm2d):
+            whole = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum).to(conv.weight).train(norm.training)
+            whole.load_state_dict({"weight": scale, "bias": shift, **norm.state_dict()})
+            model.set_submodule(layer.took, whole)
+        else:
+            conv.weight.mul_(scale[:, None, None, None])
+            conv.bias = nn.Parameter(shift if conv.bias is None else conv.bias * scale + shift)
+        model.set_submodule(path, conv)
+    return model
