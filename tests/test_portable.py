@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+from typing import Any
 
 import numpy as np
 import onnx
@@ -74,8 +75,8 @@ def test_inputs_are_picked_or_computed_with_zeros(pair: float, monkeypatch: pyte
     assert inputs[1:] == ([4, 4, 6, 6, 6, 8, 8] if pair == 0 else [8, 8, 12, 12, 12, 16, 16])
 
 
-def convolutions(portable: Portable, x: torch.Tensor) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Shapes of the output and of the weights of every convolution that runs outside of branches."""
+def convolutions(portable: Portable, x: torch.Tensor, **more: Any) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Shapes of the output and of the weights of every convolution."""
     model = onnx.load_from_string(portable.file)
     nodes = [node for node in model.graph.node if node.op_type == "Conv"]
     names = [name for node in nodes for name in (node.output[0], node.input[1])]
@@ -83,7 +84,7 @@ def convolutions(portable: Portable, x: torch.Tensor) -> list[tuple[tuple[int, .
     wanted = [name for name in names if name not in constant]
     model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in wanted)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    found = session.run(wanted, {"image": x.numpy()})
+    found = session.run(wanted, {"image": x.numpy(), **more})
     shapes = constant | {name: array.shape for name, array in zip(wanted, found, strict=True)}
     return [(shapes[a], shapes[b]) for a, b in zip(names[::2], names[1::2], strict=True)]
 
@@ -94,6 +95,14 @@ def test_only_the_winners_are_computed() -> None:
     found = convolutions(compile_portable(model, x, strict=True), x)
     assert [after[1] for after, _ in found] == [4, 4, 6, 6, 6, 8, 8, 8]
     assert [weight[0] for _, weight in found] == [4, 4, 6, 6, 6, 8, 8, 8]
+
+
+def test_only_the_prefixes_are_computed() -> None:
+    x = varied(1)
+    portable = compile_portable(gate(lived(s0(widths=[8, 8, 12, 12])), None, x).model, x, strict=True)
+    found = convolutions(portable, x, actions=np.array([4, 1, 3, 2]))
+    assert [weight[:2] for _, weight in found] == [(8, 3), (2, 8), (9, 2), (6, 9)]
+    assert [after[1] for after, _ in found] == [8, 2, 9, 6]
 
 
 @pytest.mark.parametrize("k", [1, 3, 8, 39])
@@ -111,15 +120,11 @@ def test_of_equal_saliencies_the_lower_index_wins(k: int) -> None:
     assert torch.equal(found, reference.winners(saliency, k))
 
 
-@pytest.mark.parametrize("copies", [2**22, 0])
 @pytest.mark.parametrize("name", ["resnet20", "s0"])
-def test_prefixes_per_layer_and_sample(name: str, copies: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "COPIES", copies)
+def test_prefixes_per_layer_and_sample(name: str) -> None:
     x = varied(5)
     done = gate(lived(s0() if name == "s0" else resnet20(width=8, depth=8)), None, x, groups=4)
     portable = compile_portable(done.model, x, strict=True)
-    branches = sum(node.op_type == "If" for node in onnx.load_from_string(portable.file).graph.node)
-    assert bool(branches) == bool(copies)
     for chosen in (actions(done.model, 5), {path: torch.full((5,), 4) for path in done.gated}):
         with acting(done.model, chosen), torch.no_grad():
             assert off(portable(x, chosen), done.model(x)) <= 1e-4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +25,8 @@ def plain(model: nn.Module) -> nn.Module:
     """
     model = copy.deepcopy(model.model if isinstance(model, Steered) else model)
     for path, layer in [(path, module) for path, module in model.named_modules() if isinstance(module, Gated)]:
-        scale = layer.gate.predictor.bias.relu() if isinstance(layer.gate, FBS) else layer.gate.gain
+        gate: Any = layer.gate
+        scale: torch.Tensor = gate.predictor.bias.relu() if isinstance(gate, FBS) else gate.gain
         conv, norm, shift = layer.conv, layer.norm, layer.shift * scale
         if isinstance(norm, nn.BatchNorm2d):
             whole = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum).to(conv.weight).train(norm.training)

@@ -1,7 +1,7 @@
 """The portable path: gated networks as ONNX graphs that compute what is chosen, in ONNX Runtime.
 
-FBS is TopK, then Gather of filters and of their inputs, then Conv; RNP is ``If`` over prefixes of constant weights,
-its controller part of the graph.
+FBS is TopK, then Gather of filters and of their inputs, then Conv; RNP is Slice of filters and inputs, then Conv, its
+controller part of the graph.
 """
 
 from secateur.types import EngineError

@@ -1,9 +1,9 @@
-"""An ONNX graph in the making: nodes, constants, branches."""
+"""An ONNX graph in the making: nodes and constants."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ OPSET, IR = 17, 8  # what ONNX Runtime reads since 1.12
 
 @dataclass(eq=False)
 class Graph:
-    """Nodes and constants so far; a branch is a graph of its own that shares the ``names``."""
+    """Nodes and constants so far."""
 
     names: Iterator[int] = field(default_factory=itertools.count)
     nodes: list[Any] = field(default_factory=list)
@@ -37,23 +37,6 @@ class Graph:
         name = f"c{next(self.names)}"
         self.constants.append(numpy_helper.from_array(np.ascontiguousarray(values, dtype=kind), name))
         return name
-
-    def choose(self, index: str, ways: Sequence[Callable[[Graph], str]]) -> str:
-        """Return the result of way number ``index`` (an integer scalar), and run only that one.
-
-        The ways are leaves of a binary tree of ``If``, so that few are asked.
-        """
-        if len(ways) == 1:
-            return ways[0](self)
-        half = len(ways) // 2
-        lower = self.op("Less", index, self.constant(half, np.int64))
-        rest = self._branch(lambda g: g.choose(g.op("Sub", index, g.constant(half, np.int64)), ways[half:]))
-        return self.op("If", lower, then_branch=self._branch(lambda g: g.choose(index, ways[:half])), else_branch=rest)
-
-    def _branch(self, make: Callable[[Graph], str]) -> Any:
-        inner = Graph(self.names)
-        result = helper.make_tensor_value_info(make(inner), TensorProto.FLOAT, None)
-        return helper.make_graph(inner.nodes, f"branch{next(self.names)}", [], [result], inner.constants)
 
     def model(self, ins: dict[str, tuple[Any, Sequence[int | str]]], result: str) -> bytes:
         """Return the file of a model with inputs ``ins`` (name -> numpy type and shape) and one output."""

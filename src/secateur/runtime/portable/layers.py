@@ -16,7 +16,6 @@ from secateur.runtime.portable.maps import Map, added, joined, whole
 from secateur.runtime.program import Node, Program
 from secateur.types import EngineError
 
-COPIES = 2**22  # weights in all branches of one layer; above, a prefix is sliced from one copy in each call
 PAIR = 320  # multiply-accumulates in the time that picking one kernel of an input and an output takes
 
 
@@ -126,46 +125,27 @@ def _picked(graph: Graph, values: np.ndarray, ids: str) -> str:
 
 
 def _prefixed(low: Lowering, node: Node, weight: np.ndarray, shift: np.ndarray, x: Map) -> None:
-    """RNP: a branch of constant weights for each pair of actions, of the layer that made ``x`` and of this one.
+    """RNP: the prefix of the filters, over the prefix of the channels that are there, cut from one copy of the weights.
 
     A grouped layer is computed whole and its prefix taken.
     """
-    graph, gate = low.graph, node.gate
+    graph, gate, action = low.graph, node.gate, ""
     x = x if x.action or x.all else whole(graph, x)
-    before, action = (x.sizes if x.action else (x.units,)), ""
     after: tuple[int, ...] = (len(weight),)
     if isinstance(gate, Prefix) and _acted(low, node):
         after, action = tuple(gate.sizes), low.policy.action(graph, node.path, x)
-    taps = math.prod(node.kernel)
+    out = _ends(graph, action, after)
     if node.groups > 1:
         y = _plain(low, node, weight, shift, x)
-        y = graph.op("Relu", y) if node.relu else y
-        y = graph.op("Slice", y, *_ends(graph, action, after), graph.constant([1], np.int64)) if action else y
-    elif sum(before) * sum(after) * taps > COPIES:
-        y = _sliced(graph, node, weight, shift, (x, action, after))
+        y = graph.op("Slice", y, *out, graph.constant([1], np.int64)) if action else y
     else:
-        index = _index(graph, x.action, action, len(after))
-        pairs = [(n, m) for n in before for m in after]
-
-        def way(inputs: int, outputs: int) -> Callable[[Graph], str]:
-            def make(inner: Graph) -> str:
-                part = inner.constant(weight[:outputs, :inputs]), inner.constant(shift[:outputs])
-                done = _run(inner, node, x.name, *part)
-                return inner.op("Relu", done) if node.relu else done
-
-            return make
-
-        y = graph.choose(index, [way(n, m) for n, m in pairs])
+        ends = graph.op("Concat", out[1], _ends(graph, x.action, x.sizes or (x.units,))[1], axis=0)
+        both = graph.constant([0, 0], np.int64), ends, graph.constant([0, 1], np.int64)
+        filters = graph.op("Slice", graph.constant(weight), *both)
+        y = _run(graph, node, x.name, filters, graph.op("Slice", graph.constant(shift), *out))
+    y = graph.op("Relu", y) if node.relu else y
     sizes = after if action else ()
     low.maps[node.out] = Map(y, len(weight), low.side(node), node.relu, action=action, sizes=sizes)
-
-
-def _index(graph: Graph, before: str, after: str, count: int) -> str:
-    """Return the number of a pair of actions; a missing one ("") counts as 0."""
-    if not before:
-        return after
-    first = graph.op("Mul", before, graph.constant(count, np.int64))
-    return graph.op("Add", first, after) if after else first
 
 
 def _ends(graph: Graph, action: str, sizes: tuple[int, ...]) -> tuple[str, str]:
@@ -174,18 +154,6 @@ def _ends(graph: Graph, action: str, sizes: tuple[int, ...]) -> tuple[str, str]:
     if action:
         end = graph.op("Gather", end, graph.op("Reshape", action, graph.constant([1], np.int64)))
     return graph.constant([0], np.int64), end
-
-
-def _sliced(graph: Graph, node: Node, weight: np.ndarray, shift: np.ndarray, to: tuple[Map, str, tuple]) -> str:
-    """Cut the prefixes from one copy of the weights."""
-    x, action, after = to
-    filters = graph.constant(weight)
-    out = _ends(graph, action, after)
-    filters = graph.op("Slice", filters, *out, graph.constant([0], np.int64))
-    if x.action:
-        filters = graph.op("Slice", filters, *_ends(graph, x.action, x.sizes), graph.constant([1], np.int64))
-    y = _run(graph, node, x.name, filters, graph.op("Slice", graph.constant(shift), *out))
-    return graph.op("Relu", y) if node.relu else y
 
 
 def _linear(low: Lowering, node: Node) -> None:
