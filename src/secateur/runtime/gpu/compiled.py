@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.runtime.gates import Prefix, Steered, acting, deciding
+from secateur.graph.state import eval_mode
+from secateur.runtime.gates import Controller, Gate, Prefix, Steered, acting, deciding
 from secateur.runtime.gpu.graphed import Graphed
 from secateur.runtime.gpu.layers import Walk
 from secateur.runtime.gpu.skipping import skip_
@@ -29,14 +30,18 @@ class Compiled:
 
     def __init__(self, model: nn.Module, example: Tensor) -> None:
         self._device = example.device
-        self._model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.shape = tuple(example.shape[1:])
+        self._model = copy.deepcopy(model).eval().requires_grad_(False).cpu()
         net = self._model.model if isinstance(self._model, Steered) else self._model
         self.reason = ""
         self._run: Callable[[Tensor], Tensor]
         try:
-            program = read(copy.deepcopy(net).cpu(), example.detach().float().cpu())
-            self._run = Walk(program, net, self._device)
+            self._run = Walk(read(net, example.detach().float().cpu()), net, self._device)
+            for module in self._model.modules():  # the rest of the model stays behind
+                if isinstance(module, Gate | Controller):
+                    module.to(self._device)
         except EngineError as error:
+            self._model.to(self._device)
             self.reason = "; ".join([str(error), *skip_(net, self._device)])
             self._run = net
 
@@ -44,8 +49,10 @@ class Compiled:
         """Return the output (B, ...) in float32 on the device.
 
         ``actions`` maps paths of prefix gates to (B,) integers in 1 .. groups; a gate without one computes all, and
-        under a controller (``Steered``) what that decides.
+        under a controller (``Steered``) what that decides.  Raises ``EngineError`` for an input of another size.
         """
+        if x.dim() != 4 or tuple(x.shape[1:]) != self.shape:
+            raise EngineError(f"compiled for (B, {', '.join(map(str, self.shape))}); got {tuple(x.shape)}.")
         x = x.detach().to(self._device, torch.float32).contiguous()
         with torch.no_grad(), self._deciding(actions):
             return self._run(x)
@@ -64,21 +71,22 @@ class Compiled:
 def compile_cuda(model: nn.Module, example: Tensor, *, graph: bool = False) -> Callable[..., Tensor]:
     """Return a callable that runs ``model`` (gated, dense or compacted) in eval mode on the device of ``example``.
 
-    FBS layers run in a Triton kernel on the listed channels, maps stay compact up to the next sum or linear layer;
-    RNP layers are one convolution of torch per bucket of samples.  The weights are copied: compile again after
-    training.  The result is compared with the model on ``example`` (B, C, H, W) once.  Products are rounded to TF32
-    where torch's convolutions may be (``torch.backends.cudnn.conv.fp32_precision``).  ``graph`` records the network
-    as a CUDA graph for each batch size.
+        FBS layers run in a Triton kernel on the listed channels, maps stay compact up to the next sum or linear layer;
+        RNP layers are one convolution of torch per bucket of samples.  The weights are copied: compile again after
+        training.  The result is compared with the model on ``example`` (B, C, H, W) once.  Products are rounded to TF32
+        where torch's convolutions may be (``torch.backends.cudnn.conv.fp32_precision``).  ``graph`` records the network
+        as a CUDA graph for each batch size.
 
-    Raises ``EngineError`` when a result is off by more than 1e-3 of the largest, when model and example are on
-    different devices, without Triton, or when ``graph`` is not possible.
+        Raises ``EngineError`` when a result is off by more than 1e-3 of the largest, when model and example are on
+        different devices, without Triton, or when ``graph`` is not possible.
 
-    >>> from secateur.runtime.gates import gate
-    >>> chain = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()).eval()
-    >>> x = torch.rand(3, 3, 9, 9)  # prefixes need no kernel, so they run on the CPU too
-    >>> run = compile_cuda(gate(chain, None, x).model, x)
-    >>> [int(row.any((1, 2)).sum()) for row in run(x, {"0": torch.tensor([1, 2, 4])})]
-    [2, 4, 8]
+        >>> from secateur.graph.state import eval_mode
+    from secateur.runtime.gates import gate
+        >>> chain = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()).eval()
+        >>> x = torch.rand(3, 3, 9, 9)  # prefixes need no kernel, so they run on the CPU too
+        >>> run = compile_cuda(gate(chain, None, x).model, x)
+        >>> [int(row.any((1, 2)).sum()) for row in run(x, {"0": torch.tensor([1, 2, 4])})]
+        [2, 4, 8]
     """
     where = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     if where - {example.device}:
@@ -104,8 +112,8 @@ def _graphable(model: nn.Module, example: Tensor) -> None:
 
 def _check(compiled: Compiled, model: nn.Module, example: Tensor) -> None:
     """Raise ``EngineError`` when the compiled network and the model disagree on the example."""
-    with _precise(), torch.no_grad():
-        expected = copy.deepcopy(model).eval()(example.detach().float())
+    with _precise(), eval_mode(model), torch.no_grad():
+        expected = model(example.detach().float())
         got = compiled(example)
     if not expected.numel() or not bool(expected.isfinite().all()):
         return

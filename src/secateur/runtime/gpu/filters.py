@@ -16,12 +16,13 @@ from secateur.runtime.program import Node
 
 @dataclass(frozen=True, eq=False)
 class Filters:
-    """``weight`` (C_out, C_in / groups, kh, kw) and ``shift`` (C_out,), float32: y = weight * x + shift.
+    """``folded`` (C_out, C_in / groups, kh, kw), of the host, and ``shift`` (C_out,): y = folded * x + shift, float32.
 
-    The scale of the batch norm is in both, and the gain of a prefix gate; the saliency of an FBS gate is not.
+    The scale of the batch norm is in both, and the gain of a prefix gate; the saliency of an FBS gate is not.  The
+    device gets the order of the weights that is asked for.
     """
 
-    weight: Tensor
+    folded: Tensor
     shift: Tensor
     node: Node
 
@@ -36,12 +37,17 @@ class Filters:
             gain = gate.gain.detach().to(scale)
             scale, shift = scale * gain, shift * gain
         weight = node.weight.double() * scale[:, None, None, None]
-        return cls(weight.float().to(device), shift.float().to(device), node)
+        return cls(weight.float().cpu(), shift.float().to(device), node)
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """The weights in torch's order."""
+        return self.folded.to(self.shift.device)
 
     @cached_property
     def packed(self) -> Tensor:
         """The weights as (kh, kw, C_out, C_in): neighbouring inputs of one tap lie side by side for the kernel."""
-        return self.weight.permute(2, 3, 0, 1).contiguous()
+        return self.folded.permute(2, 3, 0, 1).contiguous().to(self.shift.device)
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Return height and width of the output."""
