@@ -24,7 +24,7 @@ from secateur.types import EngineError
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CLOSE = 1e-3 if torch.cuda.is_available() else 1e-4
-FEW = [1, 4, 6, 12, 14, 17, 18, 32, 44, 47, 58]  # quick in the interpreter
+FEW = [1, 6, 14, 17, 18, 32, 44, 58]  # quick in the interpreter
 SEEDS = range(60) if torch.cuda.is_available() else FEW
 
 

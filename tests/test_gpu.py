@@ -16,7 +16,7 @@ from gated_nets import curious, lived, varied
 from on_gpu import off
 from random_nets import actions
 from secateur.models.cifar_resnet import resnet20
-from secateur.runtime.gates import Steered, acting, controller_for, gate
+from secateur.runtime.gates import Steered, acting, controller_for, deciding, gate
 from secateur.runtime.gpu import compile_cuda
 from secateur.runtime.gpu.layers import Walk
 from secateur.types import EngineError
@@ -81,14 +81,10 @@ def test_prefixes_per_layer_and_sample(prefixed: tuple[nn.Module, torch.Tensor])
         assert off(compiled(x), model(x)) <= 1e-4
 
 
-def test_a_bucket_convolves_what_it_needs(
-    prefixed: tuple[nn.Module, torch.Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = gate(
-        nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.ReLU()), None, torch.rand(1, 3, 8, 8)
-    )
+def test_a_bucket_convolves_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     x, seen = varied(5, 3, 8, 8), []
-    compiled = compile_cuda(model.model, x)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.ReLU())
+    compiled = compile_cuda(gate(net, None, x).model, x)
     real = torch.nn.functional.conv2d
 
     def noted(x: torch.Tensor, weight: torch.Tensor, *rest: object) -> torch.Tensor:
@@ -100,14 +96,17 @@ def test_a_bucket_convolves_what_it_needs(
     assert seen == [(2, 2, 3), (1, 4, 3), (2, 8, 3), (2, 1, 2), (1, 3, 4), (2, 3, 8)]
 
 
-@pytest.mark.parametrize("bias", [0.0, -0.05, -10.0])
-def test_under_a_controller(prefixed: tuple[nn.Module, torch.Tensor], bias: float) -> None:
+@pytest.mark.parametrize(("bias", "several"), [(0.0, True), (-100.0, False)])
+def test_under_a_controller(prefixed: tuple[nn.Module, torch.Tensor], bias: float, several: bool) -> None:
     model, x = prefixed
     steered = Steered(model, controller_for(model, 16, 16), bias).eval()
     nn.init.normal_(steered.controller.decoder.weight)
     compiled = compile_cuda(steered, x)
     with torch.no_grad():
         assert off(compiled(x), steered(x)) <= 1e-4
+    with deciding(model, steered.controller, bias=bias) as episode, torch.no_grad():
+        model(x)
+    assert (len(episode.actions.unique()) > 1) == several
 
 
 def test_a_dense_network_and_what_surrounds_it_stay_as_they_were() -> None:
@@ -127,7 +126,7 @@ def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     model = curious(gate(net, 0.5, x).model, x)
     pytest.importorskip("triton")
-    with pytest.raises(EngineError, match="takes CUDA tensors; these are on cpu. Move model and inputs to the GPU"):
+    with pytest.raises(EngineError, match=r"takes CUDA tensors; these are on cpu\. Move model and inputs to the GPU"):
         compile_cuda(model, x)
     with pytest.raises(EngineError, match="one device; they are on meta and cpu"):
         compile_cuda(nn.Conv2d(3, 4, 3, device="meta"), x)
