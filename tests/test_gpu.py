@@ -109,14 +109,22 @@ def test_under_a_controller(prefixed: tuple[nn.Module, torch.Tensor], bias: floa
     assert (len(episode.actions.unique()) > 1) == several
 
 
-def test_a_dense_network_and_what_surrounds_it_stay_as_they_were() -> None:
+@pytest.mark.parametrize("side", [7, 8, 9])
+def test_pools_that_round_up(side: int) -> None:
+    x = varied(2, 3, side, side)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(3, 2, 1, ceil_mode=True), nn.ReLU(), nn.AvgPool2d(2))
+    with torch.no_grad():
+        assert off(compile_cuda(model, x)(x), model(x)) <= 1e-4
+
+
+def test_a_network_and_the_settings_of_torch_stay_as_they_were() -> None:
+    torch.backends.cudnn.conv.fp32_precision = "tf32"  # torch's default
     model, x = lived(resnet20(width=8, depth=8)).train(), varied(2, 3, 16, 16)
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    before = torch.backends.cudnn.conv.fp32_precision
     compiled = compile_cuda(model, x.half())
     assert model.training
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
-    assert torch.backends.cudnn.conv.fp32_precision == before
+    assert torch.backends.cudnn.conv.fp32_precision == "tf32"
     with torch.no_grad():
         assert off(compiled(x), model.eval()(x)) <= 1e-4
 
