@@ -10,18 +10,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from secateur import recovery, resolve
 from secateur.checkpoint import load, save
-from secateur.folder import UNGATED
+from secateur.folder import DENSITIES, UNGATED
 from secateur.runtime.gates import FBS, Gated, Gating, gate, layers, penalty, watch
 from secateur.runtime.gates.cost import meter
 from secateur.sections import Fbs
-from secateur.session import Run
+from secateur.session import Run, passport
 from secateur.train.loop import Guide, Point, fit
 from secateur.types import RecipeError
 from secateur.watching import Out, watched
@@ -93,7 +95,29 @@ def lower(run: Run, model: nn.Module, step: int, point: Point) -> Out:
     run.log.append("gated", step=step, seconds=time.perf_counter() - begin, **row)
     told = run.task.told(quality.figures())
     run.screen.line(f"density {density:g}: {row['macs']:,.0f} MACs per image, {told} on validation images")
+    if run.team.lead:
+        _file(run, density).parent.mkdir(exist_ok=True)
+        save(model, _file(run, density), recipe=run.recipe.hash, extra=passport(run.recipe, run.data))
     return model, Point()
+
+
+def _file(run: Run, density: float) -> Path:
+    return run.folder / DENSITIES / f"{density:g}.safetensors"
+
+
+def tested(run: Run) -> list[dict[str, Any]]:
+    """Return how good the model was at the end of each density, and what it computed, on the test images.
+
+    Reads the test set, so it belongs to the end of a run.
+    """
+    rows = {}
+    for number, density in enumerate(asked(run).densities):
+        with run.team.copy_of(_file(run, density)) as path:
+            model = restored(run, load_file(path))
+        densities(model, run, number)
+        figures, counted = run.quality(model, "test").figures(), spent(run, model, "test")
+        rows[density] = {"density": density, "macs": float(counted.mean()), **figures}
+    return list(rows.values())
 
 
 def densities(model: nn.Module, run: Run, number: int) -> float:

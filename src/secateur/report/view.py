@@ -42,6 +42,7 @@ def view(records: Sequence[Record]) -> dict[str, Any]:
     cuts = stages.get("cut", [])
     recovered = {row["step"]: row for row in stages.get("recovered", [])}
     pairs = itertools.pairwise(records)
+    tests = {row["density"]: row for row in measure.get("densities", [])}
     return {
         "run": run,
         "recipe": run.get("recipe", {}),
@@ -61,7 +62,7 @@ def view(records: Sequence[Record]) -> dict[str, Any]:
         "dense": _last(stages, "dense"),
         "folded": _last(stages, "folded"),
         "gates": _last(stages, "gates"),
-        "gated": stages.get("gated", []),
+        "gated": [{**row, "test": tests.get(row["density"])} for row in stages.get("gated", [])],
         "at_run_time": {row["name"]: row for row in measure.get("measurements", {}).get("gated", [])},
         "proof": [row for cut in cuts for row in cut["proof"]],
         "charts": charts(stages),
