@@ -20,6 +20,7 @@ from torch import nn
 from secateur import recovery, resolve
 from secateur.checkpoint import load, save
 from secateur.folder import DENSITIES, UNGATED
+from secateur.runtime import macs
 from secateur.runtime.gates import FBS, Gated, Gating, gate, layers, penalty, watch
 from secateur.runtime.gates.cost import meter
 from secateur.sections import Fbs
@@ -61,13 +62,18 @@ def put_on(run: Run, model: nn.Module, step: int, point: Point) -> Out:
     if run.team.lead:
         save(model, run.folder / UNGATED)
     gating = wrapped(asked(run), model, run.example)
+    noted(run, gating, meter(gating.model, run.example).dense)
+    return gating.model, Point()
+
+
+def noted(run: Run, gating: Gating, macs: float, **more: Any) -> None:
+    """Record and tell what has gates now, and why the rest has none; ``macs`` of one image when all is computed."""
     rows = [{"path": layer.conv, "norm": layer.norm} for layer in layers(gating.model)]
-    whole = meter(gating.model, run.example).dense
-    run.log.append("gates", macs=whole, gated=rows, dense=[{"path": path, "why": why} for path, why in gating.dense])
+    dense = [{"path": path, "why": why} for path, why in gating.dense]
+    run.log.append("gates", macs=macs, gated=rows, dense=dense, **more)
     run.screen.line(f"gates on {len(rows)} convolutions, {len(gating.dense)} are computed whole")
     for path, why in gating.dense:
         run.screen.line(f"no gate on {path}: {why}")
-    return gating.model, Point()
 
 
 def alone(run: Run, model: nn.Module, step: int, point: Point) -> Out:
@@ -163,12 +169,8 @@ def ungated(run: Run) -> nn.Module:
 
 def spent(run: Run, model: nn.Module, part: str) -> torch.Tensor:
     """Return the multiply-accumulates (n,) float64 of each image of a part of the data."""
-    count, found = meter(model, run.example), []
-    with torch.no_grad(), watch(model.eval()) as choices:
-        for inputs, _ in run.data.batches(part, max(256, run.recipe.train.batch_size)):
-            model(inputs)
-            found.append(count(choices, len(inputs)).cpu())
-    return torch.cat(found)
+    batches = run.data.batches(part, max(256, run.recipe.train.batch_size))
+    return macs.spent(model, meter(model, run.example), (inputs for inputs, _ in batches))
 
 
 STAGES = {ON: put_on, ALONE: alone, LOWER: lower}

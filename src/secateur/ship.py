@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur import gating
+from secateur import gating, steering
 from secateur.checkpoint import save
 from secateur.folder import DENSE, GATED, PLAN, PROOF, PRUNED, RECORDS, REPORT
 from secateur.masking import compacted, proved, told, unmasked
@@ -36,13 +36,14 @@ def finish(run: Run, model: nn.Module) -> None:
     for name, units, kept in run.plan.keep:
         run.screen.line(f"group {name}: {units - len(kept)} of {units} units removed ({1 - len(kept) / units:.1%})")
     run.screen.line("measuring ...")
-    gated = None if run.recipe.fbs is None else model
+    gated = None if run.recipe.fbs is None and run.recipe.rnp is None else model
     model = model if gated is None else gating.ungated(run)
     models = {"dense": run.dense.model, "pruned": model}
     found: dict[str, list[Measurement]] = {name: _measured(run, net) for name, net in models.items()}
     if gated is not None:
         found["gated"] = _gated(run, gated)
-    tested = [] if gated is None else gating.tested(run)
+    densities = [] if run.recipe.fbs is None else gating.tested(run)
+    budgets = [] if run.recipe.rnp is None else steering.tested(run, model if gated is None else gated)
     run.team.dissolve()
     if not run.team.lead:
         return
@@ -77,7 +78,8 @@ def finish(run: Run, model: nn.Module) -> None:
         measurements={name: [asdict(m) for m in items] for name, items in found.items()},
         layers={name: [asdict(row) for row in items] for name, items in rows.items()},
         warnings=warnings,
-        densities=tested,
+        densities=densities,
+        budgets=budgets,
     )
     atomic_write(run.folder / REPORT, render(read(run.folder / RECORDS)).encode())
 
