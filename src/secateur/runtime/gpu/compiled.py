@@ -83,6 +83,7 @@ def compile_cuda(model: nn.Module, example: Tensor, *, graph: bool = False) -> C
         >>> from secateur.graph.state import eval_mode
     from secateur.runtime.gates import gate
         >>> chain = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    >>> _ = nn.init.ones_(chain[0].weight)
         >>> x = torch.rand(3, 3, 9, 9)  # prefixes need no kernel, so they run on the CPU too
         >>> run = compile_cuda(gate(chain, None, x).model, x)
         >>> [int(row.any((1, 2)).sum()) for row in run(x, {"0": torch.tensor([1, 2, 4])})]
