@@ -120,12 +120,12 @@ def set_density(reader: Reader, density: float) -> None:
 def set_budget(reader: Reader, budget: float, *, root: str | None = None) -> float:
     """Set the bias with which the model computes ``budget`` of its multiply-accumulates; return it.
 
-    The mean is taken over up to 2,048 validation images of the data that the model was made for (``root``: where it
+    The mean is taken over up to 1,024 validation images of the data that the model was made for (``root``: where it
     is now).  Raises ``CheckpointError`` for a model without a controller, ``PlanError`` for a budget out of reach.
     """
     if not isinstance(reader.model, Steered):
         raise CheckpointError("the model has no controller; --budget is for runs with rnp, --density for fbs.")
-    images = [inputs for inputs, _ in _data(reader, root).batches("validation", 256)][:8]
+    images = [inputs for inputs, _ in _data(reader, root).batches("validation", 256)][:4]
     reader.model.bias = bias_for(reader.model, images, budget)
     return reader.model.bias
 

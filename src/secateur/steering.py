@@ -30,7 +30,7 @@ from secateur.types import RecipeError
 from secateur.watching import Out
 
 ON, ROUNDS = "prefixes", "rounds"
-SEEN = 2048  # validation images on which the bias of a budget is found
+SEEN = 1024  # validation images on which the bias of a budget is found
 
 
 def stages(run: Run) -> list[tuple[str, int]]:
