@@ -80,8 +80,7 @@ def compile_cuda(model: nn.Module, example: Tensor, *, graph: bool = False) -> C
         Raises ``EngineError`` when a result is off by more than 1e-3 of the largest, when model and example are on
         different devices, without Triton, or when ``graph`` is not possible.
 
-        >>> from secateur.graph.state import eval_mode
-    from secateur.runtime.gates import gate
+        >>> from secateur.runtime.gates import gate
         >>> chain = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()).eval()
     >>> _ = nn.init.ones_(chain[0].weight)
         >>> x = torch.rand(3, 3, 9, 9)  # prefixes need no kernel, so they run on the CPU too
