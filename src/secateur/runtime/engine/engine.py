@@ -131,9 +131,10 @@ def compile_engine(
 ) -> Callable[..., torch.Tensor]:
     """Return a callable that runs ``model`` in eval mode on inputs of the example's size.
 
-    It may be gated, steered, dense or compacted.  The weights are copied: compile again after training.  The result is compared with the model on ``example``
-    once.  A network that the engine does not know gives a ``Fallback`` with its ``reason``, or ``EngineError`` when
-    ``strict``.  ``width`` is the number of floats per vector, 16 or 8, by default what the processor has.
+    It may be gated, steered, dense or compacted.  The weights are copied: compile again after training.  The result
+    is compared with the model on ``example`` once.  A network that the engine does not know gives a ``Fallback`` with
+    its ``reason``, or ``EngineError`` when ``strict``.  ``width`` is the number of floats per vector, 16 or 8, by
+    default what the processor has.
 
     >>> chain = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
     >>> engine = compile_engine(chain, torch.rand(1, 3, 9, 9))

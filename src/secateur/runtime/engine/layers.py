@@ -142,8 +142,8 @@ def _conv(low: Lowering, node: Node) -> None:
         "convolve", **lists, **low.lanes_of(dst),
         in_data=lambda: source.data, in_plane=lambda: source.plane, in_ids=ids, in_count=length,
         taps_at=lambda: low.arena.constant([0] if whole else taps(), np.int32), tap_count=1 if whole else count,
-        weight_step=4 * count, entries=lambda: low.entries, res=res, floor=FLOORS[node.relu], groups=node.groups, in_per_group=inputs // node.groups,
-        out_per_group=units // node.groups, kind=TILES.index(kind),
+        weight_step=4 * count, entries=lambda: low.entries, res=res, floor=FLOORS[node.relu], groups=node.groups,
+        in_per_group=inputs // node.groups, out_per_group=units // node.groups, kind=TILES.index(kind),
         tap_masks_at=low.arena.constant(_inside(low, node, width) if kind == "tight" else [0] * count, np.int32),
     )  # fmt: skip
     if node.residual is not None and node.relu and not _positive(low.program, node.residual):
