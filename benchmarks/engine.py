@@ -82,15 +82,16 @@ def steered(model: nn.Module, x: torch.Tensor) -> Steered:
     controller = controller_for(prefixed)
     with torch.no_grad():
         for layer in (*controller.encoders, controller.decoder):
-            layer.weight.mul_(4)
+            layer.weight.mul_(16)
     return Steered(prefixed, controller).eval()
 
 
 def static(model: nn.Module, x: torch.Tensor, fraction: float) -> nn.Module:
-    """The network cut evenly to this fraction of its multiply-accumulates."""
+    """The network with evenly narrower convolutions, cut to this fraction of its multiply-accumulates."""
+    linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     graph = sc.trace(model, x[:1])
     scores = sc.score(graph, sc.criteria.Magnitude())
-    plan = sc.allocate(scores, sc.Budget(macs=fraction), "uniform", round_to=None)
+    plan = sc.allocate(scores, sc.Budget(macs=fraction), "uniform", round_to=None, freeze=linear[:-1])
     return sc.compact(graph, plan, verify=False).eval()
 
 

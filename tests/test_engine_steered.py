@@ -29,7 +29,7 @@ def steered(name: str, x: torch.Tensor, bias: float = 0.0) -> Steered:
     controller = controller_for(model, embed=12, hidden=20)
     with torch.no_grad():
         for layer in (*controller.encoders, controller.decoder):
-            layer.weight.mul_(4)
+            layer.weight.mul_(16)
     return Steered(model, controller, bias).eval()
 
 

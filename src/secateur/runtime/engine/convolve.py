@@ -36,13 +36,12 @@ FIELDS = (
     "tap_masks_at",  # int32, one per tap
     "weight_step",  # bytes from channel to channel in a row of weights
 )
-FAR = 5  # vectors of maps on which asking for weights costs little beside the tiles
 Tiles = Mapping[Size, ir.Function]
 
 
 def convolve(module: ir.Module, lanes: int, tiles: Tiles) -> ir.Function:
     """Write ``convolve(descriptor, workspace)``, group after group; see ``FIELDS``."""
-    cover = _cover(module, lanes, tiles, _ask(module, lanes))
+    cover = _cover(module, lanes, tiles)
     helper(module, lanes, cover)
     core = _core(module, lanes, cover)
     e = Emit(module, "convolve", [PTR, PTR], lanes)
@@ -81,7 +80,7 @@ def _core(module: ir.Module, lanes: int, cover: ir.Function) -> ir.Function:
     return e.function
 
 
-def _cover(module: ir.Module, lanes: int, tiles: Tiles, ask: ir.Function) -> ir.Function:
+def _cover(module: ir.Module, lanes: int, tiles: Tiles) -> ir.Function:
     """Write ``cover(descriptor, workspace, length of the list, first output, end)``: tiles over outputs and pixels."""
     e = Emit(module, "cover", [PTR, PTR, I64, I64, I64], lanes)
     desc, ws, length, done, n_out = e.function.args
@@ -94,7 +93,7 @@ def _cover(module: ir.Module, lanes: int, tiles: Tiles, ask: ir.Function) -> ir.
             block = e.function.append_basic_block(kind)
             cases.add_case(I64(number), block)
             e.b.position_at_end(block)
-            _lay(e, f, (ws, length, done, n_out, desc), chosen, ask)
+            _lay(e, f, (ws, length, done, n_out), chosen)
             e.b.branch(end)
     e.b.position_at_end(end)
     e.b.ret_void()
@@ -106,10 +105,9 @@ def _lay(
     f: Mapping[str, Value],
     state: tuple[Value, ...],
     tiles: Mapping[tuple[int, int], ir.Function],
-    ask: ir.Function,
 ) -> None:
-    """Lay the tallest tiles first, for the rest smaller ones; over wide maps, ``ask`` for the weights of the next."""
-    ws, length, done, n_out, desc = state
+    """Lay the tallest tiles first, for the rest smaller ones."""
+    ws, length, done, n_out = state
     at = {n: e.at(ws, f[n]) for n in ("entries", "scales", "shifts", "rows", "dst", "res")}
     masks = e.b.inttoptr(f["masks_at"], PTR)
     floor = e.b.bitcast(e.b.trunc(f["floor"], I32), F32)
@@ -121,12 +119,6 @@ def _lay(
             lists += [e.at(at[n], o, I64) for n in ("dst", "res")]
             more = e.b.icmp_signed("<=", e.b.add(o, I64(2 * height)), end)
             lists.append(e.at(at["rows"], e.b.select(more, e.b.add(o, size), o), I64))  # not beyond the end
-            if max(widths) > 2:
-                with e.b.if_then(e.b.icmp_signed(">=", f["vectors"], I64(FAR))):
-                    with e.b.if_then(e.b.icmp_signed("==", o, state[2])):
-                        e.b.call(ask, [desc, ws, length, lists[2], I64(height)])
-                    with e.b.if_then(more):
-                        e.b.call(ask, [desc, ws, length, lists[-1], I64(height)])
             lane: Value = I64(0)
             for width in widths:
                 stop = e.b.add(lane, e.b.mul(_tiles(e, f["vectors"], lane, width), I64(width * e.lanes)))
@@ -134,23 +126,6 @@ def _lay(
                     e.b.call(tiles[height, width], [ws, at["entries"], length, first, *lists, floor, masks])
                 lane = stop
         done = end
-
-
-def _ask(module: ir.Module, lanes: int) -> ir.Function:
-    """Write ``ask(descriptor, workspace, length of the list, rows, their number)``: the weights come into the cache.
-
-    Of every entry one row's turn comes; a channel of 3 x 3 weights has more entries than a tile has rows.
-    """
-    e = Emit(module, "ask", [PTR, PTR, I64, PTR, I64], lanes)
-    desc, ws, length, rows, number = e.function.args
-    tight = e.b.icmp_signed("==", e.field(desc, FIELDS.index("kind")), I64(KINDS.index("tight")))
-    entries = e.at(ws, e.field(desc, FIELDS.index("entries")))
-    with e.loop(I64(0), length, 1) as (k, _):
-        place = e.b.or_(e.b.shl(k, e.b.select(tight, I64(2), I64(1))), I64(1))
-        row = e.get(rows, e.b.and_(k, e.b.sub(number, I64(1))), PTR)
-        e.prefetch(e.at(row, e.b.sext(e.get(entries, place, I32), I64)))
-    e.b.ret_void()
-    return e.function
 
 
 def _widths(tiles: Mapping[tuple[int, int], ir.Function]) -> dict[int, list[int]]:

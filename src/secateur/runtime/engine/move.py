@@ -95,8 +95,8 @@ def _every_other(e: Emit, pair: tuple[Value, Value], odd: int) -> Value:
 
 def _below(e: Emit, limit: Value) -> Value:
     """Return a mask of the lanes whose number is below ``limit``."""
-    numbers = ir.Constant(ir.VectorType(I64, e.lanes), list(range(e.lanes)))
-    return e.b.icmp_signed("<", numbers, e.splat(limit))
+    numbers = ir.Constant(ir.VectorType(I32, e.lanes), list(range(e.lanes)))
+    return e.b.icmp_signed("<", numbers, e.splat(e.b.trunc(limit, I32)))
 
 
 def store(module: ir.Module, lanes: int) -> ir.Function:
