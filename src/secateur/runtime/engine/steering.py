@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -46,7 +47,8 @@ class Steering:
             "stats", data=lambda: source.data, plane=lambda: source.plane, ids=ids, count=length,
             **low.lanes_of(source), kind=KINDS.index("avg"), pixels=source.height * source.width, out=pooled, compact=1,
         )  # fmt: skip
-        encoder, decoder = self.controller.encoders[layer], self.controller.decoder
+        encoder: Any = self.controller.encoders[layer]
+        decoder = self.controller.decoder
         product(low, _turned(encoder.weight), _flat(encoder.bias), False, at["code"], **packed(pooled, ids, length))
         code = packed(at["code"], *low.arena.full(cell.input_size))
         product(low, _turned(cell.weight_ih), _flat(cell.bias_ih), False, at["inputs"], **code)
