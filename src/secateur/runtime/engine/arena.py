@@ -12,7 +12,7 @@ from secateur.types import EngineError
 
 SLACK = 8192  # vectors read beyond the last plane
 ALIGNED = 64
-CHUNK = 32 << 20  # bytes of constants that are allocated together: numpy asks for huge pages, which save 5 to 20 %
+CHUNK = 32 << 20  # bytes of constants that are allocated together: so large that numpy asks for huge pages
 
 
 @dataclass(eq=False)
