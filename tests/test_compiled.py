@@ -128,11 +128,14 @@ def test_a_model_on_cuda_goes_its_own_way(
     model, x = pair
     monkeypatch.setattr(compiled, "_layers", lambda model: compiled.CUDA)
     gpu = types.ModuleType("secateur.runtime.gpu")
-    gpu.compile_cuda = lambda model, example: lambda x: torch.zeros(len(x), 10)
+    fast = lambda x: torch.zeros(len(x), 10)  # noqa: E731
+    fast.reason = "gelu is not known"
+    gpu.compile_cuda = lambda model, example: fast
     monkeypatch.setitem(sys.modules, "secateur.runtime.gpu", gpu)
     run = sc.runtime.compile(model, x)
     assert run.layer == "gpu"
     assert not run(x).any()
+    assert "not gpu throughout: only its gated layers: gelu" in repr(run)
     monkeypatch.setitem(sys.modules, "secateur.runtime.gpu", None)
     run = sc.runtime.compile(model, x)
     assert run.layer == "reference"

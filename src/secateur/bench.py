@@ -20,8 +20,8 @@ from secateur.infer import Reader, open_model
 from secateur.measure.latency import race
 from secateur.prune import prune
 from secateur.rebuild import built
-from secateur.runtime.gates import Steered, layers, watch
 from secateur.runtime.gates.cost import meter
+from secateur.runtime.macs import macs
 from secateur.runtime.plain import plain
 from secateur.types import Budget, CheckpointError, DataError, MeasureError, SecateurError
 
@@ -151,7 +151,7 @@ def _networks(file: Path, model: nn.Module, images: torch.Tensor, trust: Iterabl
     gated = bool(header.gates)
     dense = plain(model) if gated else built(header, file.stat().st_size, trust) if header.surgery else model
     dense, one = dense.eval(), images[:1]
-    whole, mean = meter(dense, one).dense, _spent(model, images)
+    whole, mean = meter(dense, one).dense, float(macs(model, images).mean())
     if not gated:
         missing = "" if header.surgery else "the checkpoint is dense: neither pruned nor gated"
         return Networks(model, dense, model if header.surgery else None, False, (mean, whole, mean), missing)
@@ -162,17 +162,6 @@ def _networks(file: Path, model: nn.Module, images: torch.Tensor, trust: Iterabl
     except SecateurError as error:
         return Networks(model, dense, None, True, (mean, whole, mean), str(error))
     return Networks(model, dense, static, True, (mean, whole, meter(static, one).dense))
-
-
-def _spent(model: nn.Module, images: torch.Tensor) -> float:
-    """Return the mean multiply-accumulates of ``images``."""
-    inner = model.model if isinstance(model, Steered) else model
-    count = meter(inner, images[:1])
-    if not layers(inner):
-        return count.dense
-    with torch.no_grad(), watch(inner) as choices:
-        model(images)
-    return float(count(choices, len(images)).mean())
 
 
 def _rows(networks: Networks, images: torch.Tensor, threads: int, repeats: int) -> list[Row]:
@@ -199,12 +188,12 @@ def _rows(networks: Networks, images: torch.Tensor, threads: int, repeats: int) 
             why[way] = str(error)
     times, gains = race(runs, images, {TORCH_DENSE, ORT_DENSE} & runs.keys(), repeats=repeats)
     rows = []
-    for way, (macs, _) in makers.items():
+    for way, (work, _) in makers.items():
         if way in why:
             rows.append(Row(way, len(images), threads, why=why[way]))
             continue
         ms, gain = times[way], gains[way]
-        rows.append(Row(way, len(images), threads, macs, ms.value, ms.spread, gain.value, gain.spread, ms.n))
+        rows.append(Row(way, len(images), threads, work, ms.value, ms.spread, gain.value, gain.spread, ms.n))
     return rows
 
 

@@ -5,20 +5,17 @@ Everything heavy is imported inside the commands, so that ``--help`` answers at 
 
 from __future__ import annotations
 
-import errno
-import functools
 import json
-import os
 import shlex
 import signal
 import sys
-import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+
+from secateur.mistakes import Terminated, fail, guarded
 
 app = typer.Typer(
     name="secateur",
@@ -40,13 +37,6 @@ Trust = Annotated[
 Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A .safetensors file that a run wrote.")]
 
 
-LATER = 2.0  # seconds before a process that is not the first of its run tells its error
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, handled like Ctrl-C."""
-
-
 def main() -> None:
     """Run the command line."""
     signal.signal(signal.SIGTERM, _terminate)
@@ -55,55 +45,6 @@ def main() -> None:
 
 def _terminate(number: int, frame: object) -> None:
     raise Terminated
-
-
-def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn the mistakes of a user, a full disk and Ctrl-C into one message and an exit code."""
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except KeyboardInterrupt as stop:
-            code = 143 if isinstance(stop, Terminated) else 130
-            if os.environ.get("RANK", "0") != "0":
-                raise typer.Exit(code) from None
-            _fail(f"interrupted. {' '.join(map(str, stop.args))}".strip(), code)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at exit
-            raise typer.Exit(141) from None
-        except Exception as error:
-            text = _explained(error)
-            if text is None or os.environ.get("SECATEUR_TRACEBACK"):
-                raise
-            _fail(text, 1)
-
-    return wrapped
-
-
-def _explained(error: Exception) -> str | None:
-    """Return the message for an error that is no bug, else None."""
-    from secateur.types import SecateurError
-
-    if isinstance(error, SecateurError):
-        return str(error)
-    if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        todo = "; free some space and continue with --resume" if error.errno == errno.ENOSPC else ""
-        return f"{where}{error.strerror or error}{todo}."
-    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
-        return f"out of memory ({str(error).splitlines()[0] if str(error) else 'host'}); lower the batch size."
-    return None
-
-
-def _fail(text: str, code: int) -> None:
-    rank = os.environ.get("RANK", "0")
-    if rank != "0":  # one of several processes: what happens to all of them is told by the first
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(LATER)  # torchrun ends the others meanwhile
-        text = f"process {rank}: {text}"
-    typer.echo(f"error: {text}", err=True)
-    raise typer.Exit(code)
 
 
 def _version(value: bool) -> None:
@@ -212,6 +153,8 @@ def evaluate(
     checkpoint: Checkpoint,
     part: Annotated[str, typer.Option(help="Which images: test, validation or train.")] = "test",
     root: Annotated[str | None, typer.Option(metavar="DIR", help="Where the data is, when it moved.")] = None,
+    density: Annotated[float | None, typer.Option(help="Of gates of FBS: the fraction of channels computed.")] = None,
+    budget: Annotated[float | None, typer.Option(help="Of RNP: the fraction of the MACs, by a bias.")] = None,
     trust: Trust = None,
 ) -> None:
     """Measure loss and accuracy, or the ELBO, of a checkpoint on its data."""
@@ -220,10 +163,19 @@ def evaluate(
     parts = ("train", "validation", "test")
     if part not in parts:
         raise typer.BadParameter(f"{part!r} is not one of {', '.join(parts)}", param_hint="--part")
-    quality, data = infer.evaluate(infer.open_model(checkpoint, trust or ()), part, root=root)
+    reader = infer.open_model(checkpoint, trust or ())
+    if density is not None:
+        infer.set_density(reader, density)
+    if budget is not None:
+        typer.echo(f"bias {infer.set_budget(reader, budget, root=root):.4f} for each further group of channels")
+    quality, data = infer.evaluate(reader, part, root=root)
     typer.echo(f"{checkpoint} on {quality.n:,} {part} images of {data.source.name}")
     for row in quality.measurements("cpu", part):
         typer.echo(f"{row.name:<18} {row.value:.4f} +- {row.spread:.4f} {row.unit} (standard error)")
+    if (work := infer.work(reader, data, part)) is not None:
+        typer.echo(
+            f"{'macs':<18} {work.macs.mean():,.0f} +- {work.macs.std():,.0f} of {work.whole:,.0f} per image (spread)"
+        )
 
 
 @app.command()
@@ -386,7 +338,7 @@ def sweep(
     if result.failed:
         rows = [f"{cell.name}: {why}" for cell, why in result.failed]
         count = f"{len(rows)} of {len(rows) + len(result.done)} cells failed"
-        _fail("\n  ".join([f"{count}; the same command tries them again:", *rows]), 1)
+        fail("\n  ".join([f"{count}; the same command tries them again:", *rows]), 1)
 
 
 @track.command()

@@ -64,6 +64,8 @@ class Compiled:
                 try:
                     self.run = MAKERS[layer](self.model, example, self.threads)
                     self.layer = layer
+                    if layer == "gpu" and (reason := getattr(self.run, "reason", "")):
+                        why["gpu throughout"] = f"only its gated layers: {reason}"
                 except EngineError as error:
                     why[layer] = str(error)
         self.why = why
@@ -122,12 +124,9 @@ def _portable(model: nn.Module, example: torch.Tensor, threads: int) -> Any:
 
 def _gpu(model: nn.Module, example: torch.Tensor, threads: int) -> Any:
     try:
-        run = importlib.import_module("secateur.runtime.gpu").compile_cuda(model, example)
+        return importlib.import_module("secateur.runtime.gpu").compile_cuda(model, example)
     except ImportError as error:
         raise EngineError(f"the path for CUDA is not there ({error}).") from error
-    if hasattr(run, "reason"):
-        raise EngineError(run.reason)
-    return run
 
 
 def _reference(model: nn.Module, example: torch.Tensor, threads: int) -> Any:
