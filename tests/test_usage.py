@@ -44,10 +44,10 @@ def boosted(density: float = 0.5) -> nn.Module:
     return curious(gate(plain, density, x).model, x)
 
 
-def steered() -> Steered:
-    """Prefix gates under a controller of random weights, which looks at its inputs."""
-    x = images()[0]
-    model = gate(s0(image_size=8, widths=(8, 6, 8, 4), dropout=0.0), None, x).model
+def steered(*size: int) -> Steered:
+    """Prefix gates under a controller of random weights, which looks at its inputs of ``size`` (8 x 8)."""
+    size = size or (8, 8)
+    model = gate(s0(image_size=size, widths=(8, 6, 8, 4), dropout=0.0), None, torch.rand(2, 3, *size)).model
     controller = controller_for(model, 8, 8)
     for parameter in controller.parameters():
         nn.init.normal_(parameter, 0, 0.1 if parameter.dim() == 1 else 5.0)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from secateur.report.choices import choices
 from secateur.report.figures import Line, Mark, chart
 from secateur.report.metrics import of_task
 from secateur.types import Record
@@ -62,6 +63,7 @@ def view(records: Sequence[Record]) -> dict[str, Any]:
         "folded": _last(stages, "folded"),
         "gates": _last(stages, "gates"),
         "gated": stages.get("gated", []),
+        "choices": choices(_last(stages, "choices"), _last(stages, "data").get("classes", ())),
         "at_run_time": {row["name"]: row for row in measure.get("measurements", {}).get("gated", [])},
         "proof": [row for cut in cuts for row in cut["proof"]],
         "charts": charts(stages),
