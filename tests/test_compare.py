@@ -178,7 +178,7 @@ def test_absent_controls_are_said(tmp_path: Path) -> None:
 def test_gated_runs_stand_with_their_own_figures_beside_static_ones(tmp_path: Path) -> None:
     words = ("prune.budget={units: 1}", "prune.schedule={name: once}")
     steps = {0.7: (0.94, 1400.0), 0.5: (0.92, 700.0)}
-    paths = [run(tmp_path / "static", 0.9, 500, "prune.budget={units: 0.5}")]
+    paths = [run(tmp_path / "static", 0.9, 500, "prune.budget={units: 0.5}", words[1])]
     for density, values in steps.items():
         for seed in range(2):
             own = (*words, f"fbs.densities=[1.0, {density}]", f"seed={seed}")
@@ -187,6 +187,11 @@ def test_gated_runs_stand_with_their_own_figures_beside_static_ones(tmp_path: Pa
             )
     found = compare(paths)
     assert [arm.role for arm in found.arms] == [DENSE, PRUNED, GATED, GATED]  # one dense model for all
+    assert [arm.label for arm in found.arms[1:]] == [
+        "budget.units=0.5",
+        "fbs.densities=[1.0, 0.7], budget.units=1.0",
+        "fbs.densities=[1.0, 0.5], budget.units=1.0",
+    ]
     for arm, (accuracy, macs) in zip(found.arms[2:], steps.values(), strict=True):
         assert arm.values["test top1"].mean == pytest.approx(accuracy + 0.005)
         assert (arm.values["macs"].mean, arm.values["params"].mean) == (macs, 1100.0)

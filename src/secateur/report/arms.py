@@ -219,6 +219,10 @@ def _labels(groups: Mapping[Key, Sequence[Outcome]]) -> dict[Key, str]:
     if len(groups) > 1 and len(set().union(*names.values())) == sum(map(len, names.values())) == len(groups):
         return {key: next(iter(found)) for key, found in names.items()}
     shared = set.intersection(*(set(key) for key in groups)) if len(groups) > 1 else set()
+    for section in GATES:  # where only some have gates, these differ by what is different among them
+        own = [{(k, v) for k, v in key if k.startswith(f"{section}.")} for key in groups]
+        with_gates = [rows for rows in own if rows]
+        shared |= set.intersection(*with_gates) if len(with_gates) > 1 else set()
     found = {}
     for key in groups:
         parts = [f"{'.'.join(k.split('.')[-2:])}={v.strip(chr(39))}" for k, v in key if (k, v) not in shared]
