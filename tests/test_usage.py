@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
+import runpy
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -142,6 +145,12 @@ def test_equal_work_for_all_images_is_no_ranking() -> None:
     assert [layer.entropy for layer in all_on.layers] == [0.0] * 4
 
 
+def test_costs_near_each_other_are_no_ranking() -> None:
+    for most, ranked in ((100.5, False), (102.0, True)):
+        macs = torch.tensor([100.0, most, 100.0], dtype=torch.float64)
+        assert Usage((), macs, torch.tensor([0, 0, 0]), ("a",), 400.0).ranked is ranked
+
+
 def test_a_class_without_images_has_no_costs() -> None:
     found = Usage((), torch.tensor([3.0, 5.0], dtype=torch.float64), torch.tensor([2, 2]), ("a", "b", "c"), 8.0)
     assert found.per_class["n"].tolist() == [0, 0, 2]
@@ -168,6 +177,16 @@ def test_fixed_actions_are_heard_too() -> None:
     assert found["3"].density == 0.5
     assert found["3"].use[:, :3].eq(1).all()
     assert found["3"].use[:, 3:].eq(0).all()
+
+
+def test_the_examples_of_the_docs_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llvmlite")
+    monkeypatch.setenv("HOME", str(tmp_path))  # machine code is kept there
+    text = (Path(__file__).parent.parent / "docs" / "engine.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    (tmp_path / "example.py").write_text("".join(blocks))
+    after = runpy.run_path(str(tmp_path / "example.py"))
+    assert [layer.entropy for layer in after["found"].layers] == [0.0] * 8
 
 
 def test_mistakes_are_told() -> None:

@@ -30,7 +30,7 @@ def tell(run: Run, model: nn.Module, part: str = "test") -> Usage:
 
 
 def summary(found: Usage) -> dict[str, Any]:
-    """Return ``found`` as small JSON values: shares with three digits, maps of the most varied layers only."""
+    """Return ``found`` as small JSON values: shares of few digits, maps of the most varied layers only."""
     varied = sorted(found.layers, key=variation, reverse=True)[:MAPS]
     classes = found.per_class
     return {
@@ -87,11 +87,16 @@ def _map(layer: LayerUsage) -> dict[str, Any]:
     apart = (table - table.nanmean(0)).abs().sum(1).nan_to_num(-1.0)
     shown = apart.sort(descending=True, stable=True).indices[: min(ROWS, int((apart >= 0).sum()))].sort().values
     kind = "groups" if layer.groups else "channels"
-    return {"path": layer.path, "of": kind, "classes": shown.tolist(), "use": [_rounded(row) for row in table[shown]]}
+    return {
+        "path": layer.path,
+        "of": kind,
+        "classes": shown.tolist(),
+        "use": [_rounded(row, 2) for row in table[shown]],
+    }
 
 
-def _rounded(values: Tensor) -> list[float]:
-    return [round(value, 3) for value in values.tolist()]
+def _rounded(values: Tensor, digits: int = 3) -> list[float]:
+    return [round(value, digits) for value in values.tolist()]
 
 
 def _extremes(run: Run, found: Usage, part: str) -> dict[str, list[dict[str, Any]]] | None:
