@@ -69,6 +69,14 @@ def test_a_run_lowers_the_density_and_ships_the_gated_model(done: Path) -> None:
     assert quality.figures()["top1"] == found["test top1"]["value"]
     assert len(rows(done, "epoch")) == 1 + 1 + 2
     assert not (done / "ungated.safetensors").exists()
+    assert [row["density"] for row in measured["densities"]] == [1.0, 0.5]
+    assert measured["densities"][1]["top1"] == found["test top1"]["value"]
+    first = sc.load(done / "densities" / "1.safetensors")
+    assert {layer.density for layer in layers(first)} == {1.0}
+    assert (
+        evaluate(open_model(done / "densities" / "1.safetensors"))[0].figures()["top1"]
+        == measured["densities"][0]["top1"]
+    )
     page = (done / "report.html").read_text()
     assert "At run time" in page
     assert "Channels computed in each layer" in page

@@ -56,6 +56,7 @@ PARTS = {  # files that carry a part of one of the names above, or stand apart f
     "stages": "pipeline",
     "gating": "pipeline",
     "choosing": "pipeline",
+    "steering": "pipeline",
     "watching": "pipeline",
     "progressive": "pipeline",
     "infer": "pipeline",

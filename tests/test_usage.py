@@ -109,9 +109,15 @@ def test_the_size_of_the_batches_does_not_matter() -> None:
 def test_a_controller_chooses_actions_and_they_have_an_entropy() -> None:
     model, (x, labels) = steered(), images()
     found = usage(model, DATA, "test", size=32)
+    with torch.no_grad(), watch(model) as choices:
+        model(x)
+    assert torch.equal(found.macs, meter(model, x)(choices, len(x)))
     with torch.no_grad(), deciding(model.model, model.controller) as episode, watch(model.model) as choices:
         model.model(x)
-    assert torch.equal(found.macs, meter(model.model, x)(choices, len(x)))
+    count = meter(model.model, x)
+    assert (found.macs > count(choices, len(x))).all()  # the controller works too
+    assert found.dense == count.dense
+    assert [layer.path for layer in found.layers] == list(choices)
     first, *others = found.layers
     assert first.entropy == 0.0
     assert first.actions is not None

@@ -10,18 +10,21 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from secateur import recovery, resolve
 from secateur.checkpoint import load, save
-from secateur.folder import UNGATED
+from secateur.folder import DENSITIES, UNGATED
+from secateur.runtime import macs
 from secateur.runtime.gates import FBS, Gated, Gating, gate, layers, penalty, watch
 from secateur.runtime.gates.cost import meter
 from secateur.sections import Fbs
-from secateur.session import Run
+from secateur.session import Run, passport
 from secateur.train.loop import Guide, Point, fit
 from secateur.types import RecipeError
 from secateur.watching import Out, watched
@@ -59,13 +62,18 @@ def put_on(run: Run, model: nn.Module, step: int, point: Point) -> Out:
     if run.team.lead:
         save(model, run.folder / UNGATED)
     gating = wrapped(asked(run), model, run.example)
+    noted(run, gating, meter(gating.model, run.example).dense)
+    return gating.model, Point()
+
+
+def noted(run: Run, gating: Gating, macs: float, **more: Any) -> None:
+    """Record and tell what has gates now, and why the rest has none; ``macs`` of one image when all is computed."""
     rows = [{"path": layer.conv, "norm": layer.norm} for layer in layers(gating.model)]
-    whole = meter(gating.model, run.example).dense
-    run.log.append("gates", macs=whole, gated=rows, dense=[{"path": path, "why": why} for path, why in gating.dense])
+    dense = [{"path": path, "why": why} for path, why in gating.dense]
+    run.log.append("gates", macs=macs, gated=rows, dense=dense, **more)
     run.screen.line(f"gates on {len(rows)} convolutions, {len(gating.dense)} are computed whole")
     for path, why in gating.dense:
         run.screen.line(f"no gate on {path}: {why}")
-    return gating.model, Point()
 
 
 def alone(run: Run, model: nn.Module, step: int, point: Point) -> Out:
@@ -93,7 +101,29 @@ def lower(run: Run, model: nn.Module, step: int, point: Point) -> Out:
     run.log.append("gated", step=step, seconds=time.perf_counter() - begin, **row)
     told = run.task.told(quality.figures())
     run.screen.line(f"density {density:g}: {row['macs']:,.0f} MACs per image, {told} on validation images")
+    if run.team.lead:
+        _file(run, density).parent.mkdir(exist_ok=True)
+        save(model, _file(run, density), recipe=run.recipe.hash, extra=passport(run.recipe, run.data))
     return model, Point()
+
+
+def _file(run: Run, density: float) -> Path:
+    return run.folder / DENSITIES / f"{density:g}.safetensors"
+
+
+def tested(run: Run) -> list[dict[str, Any]]:
+    """Return how good the model was at the end of each density, and what it computed, on the test images.
+
+    Reads the test set, so it belongs to the end of a run.
+    """
+    rows = {}
+    for number, density in enumerate(asked(run).densities):
+        with run.team.copy_of(_file(run, density)) as path:
+            model = restored(run, load_file(path))
+        densities(model, run, number)
+        figures, counted = run.quality(model, "test").figures(), spent(run, model, "test")
+        rows[density] = {"density": density, "macs": float(counted.mean()), **figures}
+    return list(rows.values())
 
 
 def densities(model: nn.Module, run: Run, number: int) -> float:
@@ -139,12 +169,8 @@ def ungated(run: Run) -> nn.Module:
 
 def spent(run: Run, model: nn.Module, part: str) -> torch.Tensor:
     """Return the multiply-accumulates (n,) float64 of each image of a part of the data."""
-    count, found = meter(model, run.example), []
-    with torch.no_grad(), watch(model.eval()) as choices:
-        for inputs, _ in run.data.batches(part, max(256, run.recipe.train.batch_size)):
-            model(inputs)
-            found.append(count(choices, len(inputs)).cpu())
-    return torch.cat(found)
+    batches = run.data.batches(part, max(256, run.recipe.train.batch_size))
+    return macs.spent(model, meter(model, run.example), (inputs for inputs, _ in batches))
 
 
 STAGES = {ON: put_on, ALONE: alone, LOWER: lower}

@@ -27,7 +27,7 @@ from secateur.models.build import build
 from secateur.progressive import achieved
 from secateur.recipe import Recipe
 from secateur.schedules import SCHEDULES
-from secateur.sections import Data, Fbs, Train
+from secateur.sections import Data, Fbs, Rnp, Train
 from secateur.train.loop import Settings, draw
 from secateur.train.optimizers import OPTIMIZERS
 from secateur.train.rates import RATES, Rate, step, warmed
@@ -254,6 +254,13 @@ def gating(recipe: Recipe, phase: int, epochs: int, half: bool) -> Settings:
     train, recover, fbs = recipe.train, recipe.recover, recipe.fbs or Fbs()
     lr, rate = fbs.lr or recover.lr or train.lr, fbs.rate or recover.rate or train.rate
     return replace(_settings(recipe, epochs, lr, rate, 0.0, half), seed=draw(recipe.seed, phase))
+
+
+def steering(recipe: Recipe, phase: int, half: bool) -> Settings:
+    """Return how the network learns under a controller; ``phase`` counts on from the recoveries."""
+    train, recover, rnp = recipe.train, recipe.recover, recipe.rnp or Rnp()
+    lr, rate = rnp.lr or recover.lr or train.lr, rnp.rate or recover.rate or train.rate
+    return replace(_settings(recipe, 1, lr, rate, 0.0, half), seed=draw(recipe.seed, phase))
 
 
 def _settings(recipe: Recipe, epochs: int, lr: float, rate: str, warmup: float, half: bool) -> Settings:

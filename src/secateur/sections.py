@@ -299,6 +299,41 @@ class Fbs(Section):
     """how the learning rate falls at each density (null: as in recover, or in train)"""
 
 
+class Rnp(Section):
+    """Runtime neural pruning: a controller says for each input how many channel groups each convolution computes."""
+
+    groups: Annotated[int, Field(ge=2)] = 4
+    """nested groups of the channels of each convolution; an action computes the first so many"""
+    penalty: Annotated[float, Field(le=0, allow_inf_nan=False)] = -0.1
+    """p, the reward of each further group; the one dial between accuracy and work"""
+    rounds: Count = 10
+    """M: how often the controller and the network learn in turns"""
+    policy_steps: Count = 100
+    """N1: updates of the controller in a round"""
+    backbone_steps: Annotated[int, Field(ge=0)] = 100
+    """N2: updates of the network in a round"""
+    alpha: Positive | None = None
+    """factor of the loss in the last reward (null: such that its running mean is 1)"""
+    gamma: Fraction = 1.0
+    """factor of later rewards"""
+    anneal: Fraction = 0.5
+    """fraction of the updates of the controller in which the chance of a random action falls from 1 to 0.1"""
+    renew: Count = 20
+    """updates of the controller from one copy for the targets to the next"""
+    policy_lr: Positive = 1e-3
+    """learning rate of the controller (Adam)"""
+    lr: Positive | None = None
+    """base learning rate of the network (null: that of recover, or of train)"""
+    rate: Rates | None = None
+    """how the learning rate of the network falls over all rounds (null: as in recover, or in train)"""
+    embed: Count = 64
+    """width of what the controller sees of a layer"""
+    hidden: Count = 128
+    """width of the state of the controller"""
+    budgets: Annotated[tuple[Fraction, ...], Field(strict=False)] = ()
+    """fractions of the multiply-accumulates that the finished model is tested at too, by a bias on its values"""
+
+
 class Track(Section):
     """Where a run is copied while it works; its folder is always whole."""
 

@@ -6,8 +6,8 @@ Sums are kept, one layer and batch at a time: no mask outlives its batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -116,9 +116,9 @@ class Usage:
 def usage(model: nn.Module, data: Labelled, part: str, size: int = 256) -> Usage:
     """Return what ``model`` chooses on a ``part`` of ``data``, read in batches of ``size``.
 
-    A ``Steered`` model is looked at under its controller.  Entropies and shares are those of the images that were
-    read, so a layer that computes the same for all of them has entropy 0 whatever it would do elsewhere.  Gates
-    themselves are not counted in the multiply-accumulates.
+    A ``Steered`` model is looked at under its controller, whose work counts; that of FBS predictors does not, nor does
+    ``dense`` count either.  Entropies and shares are those of the images that were
+    read, so a layer that computes the same for all of them has entropy 0 whatever it would do elsewhere.
 
     Raises ``PlanError`` for a model without gates, ``DataError`` for a part without images.
 
@@ -132,14 +132,14 @@ def usage(model: nn.Module, data: Labelled, part: str, size: int = 256) -> Usage
     >>> found.macs.shape, found.ranked, found.layers[0].use.shape
     (torch.Size([359]), False, torch.Size([10, 8]))
     """
-    network = model.model if isinstance(model, Steered) else model
-    count, tallies = None, {}
+    count, dense, tallies = None, 0.0, {}
     macs, labels = [], []
-    with eval_mode(model), torch.no_grad(), watch(network) as choices:
+    with eval_mode(model), torch.no_grad(), watch(model) as choices:
         for inputs, truth in data.batches(part, size):
             if not len(inputs):
                 continue
-            count = count or meter(network, inputs)
+            if count is None:
+                count, dense = meter(model, inputs), meter(_inner(model), inputs).dense
             model(inputs)
             if not choices:
                 raise PlanError("the model has no gates, so it chooses nothing; put some on with gate(model, ...).")
@@ -151,7 +151,14 @@ def usage(model: nn.Module, data: Labelled, part: str, size: int = 256) -> Usage
                 tallies[path].add(choice, labels[-1])
     if count is None:
         raise DataError(f"the {part} part has no images.")
-    return Usage(_layers(network, tallies), torch.cat(macs), torch.cat(labels), data.classes, count.dense)
+    layers = tuple(_layer(path, model.get_submodule(f"{path}.gate"), tally) for path, tally in tallies.items())
+    if isinstance(model, Steered):  # its gates are those of the model inside
+        layers = tuple(replace(layer, path=layer.path.removeprefix("model.")) for layer in layers)
+    return Usage(layers, torch.cat(macs), torch.cat(labels), data.classes, dense)
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    return model.model if isinstance(model, Steered) else model
 
 
 class _Tally:
@@ -184,18 +191,13 @@ class _Tally:
         self.bins += (place + BINS * mask).bincount(minlength=2 * BINS).view(2, BINS)
 
 
-def _layers(network: nn.Module, tallies: Mapping[str, _Tally]) -> tuple[LayerUsage, ...]:
-    found = []
-    for path, tally in tallies.items():
-        gate, images = network.get_submodule(path).gate, int(tally.images.sum())
-        use, share = tally.on.double() / tally.images[:, None], tally.on.sum(0).double() / images
-        if isinstance(gate, Prefix):
-            actions = tally.widths[gate.sizes].double() / images
-            found.append(LayerUsage(path, use, share, tuple(gate.sizes), actions))
-        else:
-            skipped, computed = tally.bins
-            found.append(LayerUsage(path, use, share, saliency=Histogram(tally.top, computed, skipped)))
-    return tuple(found)
+def _layer(path: str, gate: nn.Module, tally: _Tally) -> LayerUsage:
+    images = int(tally.images.sum())
+    use, share = tally.on.double() / tally.images[:, None], tally.on.sum(0).double() / images
+    if isinstance(gate, Prefix):
+        return LayerUsage(path, use, share, tuple(gate.sizes), tally.widths[gate.sizes].double() / images)
+    skipped, computed = tally.bins
+    return LayerUsage(path, use, share, saliency=Histogram(tally.top, computed, skipped))
 
 
 def _bits(share: Tensor) -> Tensor:

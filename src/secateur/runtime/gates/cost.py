@@ -89,7 +89,10 @@ class Meter:
 
     def of(self, choices: Mapping[str, Choice], samples: int) -> dict[str, Tensor]:
         """Return for each layer the multiply-accumulates of each sample, path -> float64 (samples,)."""
-        return {term.path: _count(term, choices, samples) for term in self.terms}
+        found: dict[str, Tensor] = {}
+        for term in self.terms:  # a layer may run several times
+            found[term.path] = found.get(term.path, 0) + _count(term, choices, samples)
+        return found
 
     def __call__(self, choices: Mapping[str, Choice], samples: int) -> Tensor:
         """Return the multiply-accumulates of each sample, float64 (samples,), gates themselves not counted."""

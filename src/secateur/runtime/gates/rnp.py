@@ -122,7 +122,7 @@ def deciding(
 
     def policy(layer: int, x: Tensor) -> Tensor:
         nonlocal state
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             pooled = x.detach().float().mean((2, 3))
             if layer == 0:
                 state = None
