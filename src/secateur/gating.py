@@ -26,7 +26,7 @@ from secateur.runtime.gates.cost import meter
 from secateur.sections import Fbs
 from secateur.session import Run, passport
 from secateur.train.loop import Guide, Point, fit
-from secateur.types import RecipeError
+from secateur.types import RecipeError, SecateurError
 from secateur.watching import Out, watched
 
 ON, ALONE, LOWER = "gates", "gates alone", "density"
@@ -52,6 +52,18 @@ def wrapped(fbs: Fbs, model: nn.Module, example: torch.Tensor) -> Gating:
     return gating
 
 
+def loaded(fbs: Fbs, model: nn.Module) -> nn.Module:
+    """Give the gated ``model`` the weights that the recipe names; raises ``RecipeError`` when they do not fit."""
+    if fbs.load is not None:
+        try:
+            tensors = load(fbs.load).state_dict()
+            model.load_state_dict(tensors)
+        except (SecateurError, RuntimeError) as error:
+            why = str(error).splitlines()[-1].strip()
+            raise RecipeError(f"fbs.load: {fbs.load} does not hold this network with its gates: {why}") from error
+    return model
+
+
 def asked(run: Run) -> Fbs:
     """Return what the recipe says about gates."""
     return run.recipe.fbs or Fbs()
@@ -63,7 +75,7 @@ def put_on(run: Run, model: nn.Module, step: int, point: Point) -> Out:
         save(model, run.folder / UNGATED)
     gating = wrapped(asked(run), model, run.example)
     noted(run, gating, meter(gating.model, run.example).dense)
-    return gating.model, Point()
+    return loaded(asked(run), gating.model), Point()
 
 
 def noted(run: Run, gating: Gating, macs: float, **more: Any) -> None:
@@ -95,7 +107,7 @@ def lower(run: Run, model: nn.Module, step: int, point: Point) -> Out:
     """Train at the density of ``step``; record what its images compute and how good it is."""
     begin = time.perf_counter()
     density = densities(model, run, step - 1)
-    _train(run, model, len(run.targets) + 1 + step, asked(run).epochs, f"density {density:g}", point)
+    _train(run, model, len(run.targets) + 1 + step, asked(run).epochs, f"density {density:g}", point, step - 1)
     quality, counted = run.quality(model), spent(run, model, "validation")
     row = {"density": density, "macs": float(counted.mean()), **quality.figures()}
     run.log.append("gated", step=step, seconds=time.perf_counter() - begin, **row)
@@ -135,8 +147,10 @@ def densities(model: nn.Module, run: Run, number: int) -> float:
     return density
 
 
-def _train(run: Run, model: nn.Module, phase: int, epochs: int, label: str, point: Point) -> None:
-    settings = resolve.gating(run.recipe, phase, epochs, recovery.half(run))
+def _train(
+    run: Run, model: nn.Module, phase: int, epochs: int, label: str, point: Point, number: int | None = None
+) -> None:
+    settings = resolve.gating(run.recipe, phase, epochs, recovery.half(run), number)
     watching = watched(run, model, phase, label, f"{epochs}")
     with penalised(model, asked(run).penalty) as guide:
         settings = replace(settings, guide=guide, compiled=False)  # choices are read beside the forward pass

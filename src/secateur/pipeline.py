@@ -170,7 +170,7 @@ def _check_early(recipe: Recipe, dense: Graph, data: Dataset) -> None:
         rows = [f"{'.'.join(map(str, path))}: {rule}" for path, rule in problems.items()]
         raise RecipeError(f"model.name = {recipe.model.name!r} makes images: " + "; ".join(rows) + ".")
     if recipe.fbs is not None:
-        gating.wrapped(recipe.fbs, dense.model, dense.args[0])
+        gating.loaded(recipe.fbs, gating.wrapped(recipe.fbs, dense.model, dense.args[0]).model)
     if recipe.rnp is not None:
         steering.wrapped(recipe.rnp, dense.model, dense.args[0], recipe.seed)
     wanted = resolve.criterion(recipe)

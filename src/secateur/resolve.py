@@ -249,11 +249,15 @@ def training(recipe: Recipe, phase: int, last: bool = False, left: float = 1.0, 
     return replace(_settings(recipe, epochs, lr, rate, warmup, half), seed=draw(recipe.seed, phase), steps=steps)
 
 
-def gating(recipe: Recipe, phase: int, epochs: int, half: bool) -> Settings:
-    """Return how to train gates for ``epochs``; ``phase`` counts on from the recoveries."""
+def gating(recipe: Recipe, phase: int, epochs: int, half: bool, number: int | None = None) -> Settings:
+    """Return how to train gates for ``epochs`` in ``phase``, counted on from the recoveries, at density ``number``."""
     train, recover, fbs = recipe.train, recipe.recover, recipe.fbs or Fbs()
     lr, rate = fbs.lr or recover.lr or train.lr, fbs.rate or recover.rate or train.rate
-    return replace(_settings(recipe, epochs, lr, rate, 0.0, half), seed=draw(recipe.seed, phase))
+    settings = replace(_settings(recipe, epochs, lr, rate, 0.0, half), seed=draw(recipe.seed, phase))
+    if fbs.reset_epochs or number is None:
+        return settings
+    falls, all_ = settings.rate, len(fbs.densities)
+    return replace(settings, rate=lambda progress: falls((number + progress) / all_))
 
 
 def steering(recipe: Recipe, phase: int, half: bool) -> Settings:

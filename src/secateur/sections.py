@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -281,8 +281,14 @@ class Recover(Section):
 class Fbs(Section):
     """Feature boosting and suppression: each input computes a part of the channels of each convolution."""
 
-    densities: Annotated[tuple[Fraction, ...], Field(strict=False, min_length=1)] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
-    """fractions of the channels that are computed, one after another; training goes on at each"""
+    densities: Annotated[
+        tuple[Fraction, ...],
+        Field(strict=False, min_length=1, validation_alias=AliasChoices("densities", "density")),
+        BeforeValidator(lambda given: [given] if isinstance(given, float | int) else given),
+    ] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+    """fractions of the channels that are computed (also: density, one), one after another; training goes on at each"""
+    load: str | None = None
+    """a gated.safetensors of this network with weights to begin with (set train.epochs to 0)"""
     layers: dict[str, Fraction] = {}
     """module name pattern -> density of its convolutions, in place of densities (1: their gates only boost)"""
     pooling: Literal["avg", "l1", "l2", "max"] = "l1"
@@ -293,8 +299,10 @@ class Fbs(Section):
     """epochs at the first density in which the gates alone learn, before all weights do"""
     epochs: Count = 1
     """epochs at each density, each with a new optimiser"""
-    lr: Positive | None = None
-    """base learning rate (null: that of recover, or of train)"""
+    reset_epochs: bool = True
+    """the learning rate begins anew at each density (false: it falls once, over all of them)"""
+    lr: Annotated[Positive | None, Field(validation_alias=AliasChoices("lr", "initial"))] = None
+    """base learning rate (also: initial; null: that of recover, or of train)"""
     rate: Rates | None = None
     """how the learning rate falls at each density (null: as in recover, or in train)"""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -65,7 +65,7 @@ def put_on(run: Run, model: nn.Module, step: int, point: Point) -> Out:
 
 def rounds(run: Run, model: nn.Module, step: int, point: Point) -> Out:
     """Train in rounds; record each, and at the end what the images compute and how good the model is."""
-    assert isinstance(model, Steered)
+    model = cast(Steered, model)  # what put_on returned
     rnp, settings = asked(run), resolve.steering(run.recipe, len(run.targets) + 1, recovery.half(run))
     inputs, last = run.data.batch(run.data.train[:2])[0], settings.channels_last
     if laid_out(model, inputs) if last is None else last:
@@ -138,7 +138,7 @@ def tested(run: Run, model: nn.Module) -> list[dict[str, Any]]:
 
     The bias of a budget is found on validation images.  Reads the test set, so it belongs to the end of a run.
     """
-    assert isinstance(model, Steered)
+    model = cast(Steered, model)
     rows: list[dict[str, Any]] = []
     images = [run.data.batch(part)[0] for part in run.data.validation[:SEEN].split(256)]
     for budget in asked(run).budgets:
