@@ -61,6 +61,11 @@ def test_a_run_lowers_the_density_and_ships_the_gated_model(done: Path) -> None:
     (measured,) = rows(done, "measure")
     found = {row["name"]: row for row in measured["measurements"]["gated"]}
     assert found["macs"]["value"] == pytest.approx(steps[1]["macs"])
+    (choices,) = rows(done, "choices")
+    assert choices["mean"] == choices["most"] == found["macs"]["value"]
+    assert [(row["path"], row["density"]) for row in choices["layers"]] == [
+        (row["path"], 1.0 if row["path"] == "0" else 0.5) for row in gates["gated"]
+    ]
     quality, _ = evaluate(open_model(done / "gated.safetensors"))
     assert quality.figures()["top1"] == found["test top1"]["value"]
     assert len(rows(done, "epoch")) == 1 + 1 + 2
@@ -75,6 +80,7 @@ def test_a_run_lowers_the_density_and_ships_the_gated_model(done: Path) -> None:
     )
     page = (done / "report.html").read_text()
     assert "At run time" in page
+    assert "Channels computed in each layer" in page
     assert f"{steps[1]['macs']:,.0f}" in page
 
 
