@@ -150,17 +150,17 @@ def test_what_cannot_be_gated_says_why() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             x = self.a(x).relu()
             x = self.b(self.b(x)).relu()
-            return self.d(self.e(self.c(x).tanh()).relu())
+            return self.d(self.e(self.c(x).sigmoid()).relu())
 
     x = torch.randn(1, 4, 8, 8)
     done = gate(Odd(), 0.5, x)
     assert done.gated == ("a",)
     reasons = dict(done.dense)
     assert "2 times" in reasons["b"]
-    assert "tanh" in reasons["c"]
+    assert "sigmoid" in reasons["c"]
     assert "output" in reasons["d"]
     assert "circular" in reasons["e"]
-    with pytest.raises(PlanError, match="tanh"):
+    with pytest.raises(PlanError, match="sigmoid"):
         gate(Odd(), {"c": 0.5}, x)
     with pytest.raises(PlanError, match="no prefix gate at a"), acting(done.model, {"a": torch.ones(1)}):
         pass
