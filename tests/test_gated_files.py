@@ -66,9 +66,9 @@ def test_a_controller_travels_with_its_network(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("layer", "why"),
     [
-        (Layer("1", "", 0.5), "takes a Conv2d"),
-        (Layer("nothing", "", 0.5), "takes a Conv2d"),
-        (Layer("0", "2", 0.5), "takes a Conv2d and its BatchNorm2d"),
+        (Layer("1", "", 0.5), "takes a convolution or Linear"),
+        (Layer("nothing", "", 0.5), "takes a convolution or Linear"),
+        (Layer("0", "2", 0.5), "its batch norm; found Conv2d and ReLU"),
         (Layer("0", "4", 0.5), "does not fit"),
         (Layer("0", "1", 1.5), "in .0, 1."),
         (Layer("0", "1", 0.5, "median"), "pooling must be"),
@@ -92,8 +92,8 @@ def test_rows_of_strangers_are_refused() -> None:
 def test_a_file_whose_gates_do_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x = varied(2)
     model = gate(build("cifarnet", **KWARGS), 0.5, x).model
-    wrong = tuple(replace(layer, conv=layer.norm) for layer in layers(model))
-    monkeypatch.setattr("secateur.runtime.gates.layers", lambda inner: wrong)
+    wrong = tuple(replace(layer, conv=layer.norm).row() for layer in layers(model))
+    monkeypatch.setattr("secateur.runtime.gates.rows", lambda inner: wrong)
     path = sc.save(model, tmp_path / "a.safetensors")
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match="gates do not fit"):

@@ -178,7 +178,8 @@ def _unsqueezed(ids: Tensor, before: tuple[int, ...], rest: Any) -> list[Tensor 
 
 
 def _sliced(ids: Tensor, before: tuple[int, ...], rest: Any) -> list[Tensor | None]:
-    axis, begin, end, step = [*rest, *[0, None, None, 1][len(rest) :]]
+    given: list[Any] = [*rest, *[0, None, None, 1][len(rest) :]]
+    axis, begin, end, step = given
     if ids.shape[axis] == 1:
         return [ids]
     return [ids.movedim(axis, 0)[slice(begin, end, step)].movedim(0, axis)]
