@@ -135,7 +135,7 @@ def test_gates_go_on_what_is_left_when_the_cuts_stop_early(tmp_path: Path, monke
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("fbs.layers={nothing: 0.5}", "fbs.layers: 'nothing' names no convolution with a gate"),
+        ("fbs.layers={nothing: 0.5}", "fbs.layers: 'nothing' names no layer with a gate"),
         ("fbs.densities=[]", "fbs.densities"),
         ("fbs.densities=[0.5, 1.5]", "fbs.densities"),
         ("fbs.densitys=[0.5]", "did you mean 'densities'"),

@@ -40,11 +40,11 @@ def stages(run: Run) -> list[tuple[str, int]]:
 
 def wrapped(fbs: Fbs, model: nn.Module, example: torch.Tensor) -> Gating:
     """Return ``model`` with gates that compute everything; raises ``RecipeError`` for a pattern without a layer."""
-    gating = gate(model, 1.0, example, pooling=fbs.pooling)
+    gating = gate(model, 1.0, example, everywhere=fbs.everywhere, pooling=fbs.pooling, threshold=fbs.threshold)
     for pattern in fbs.layers:
         if not any(fnmatchcase(path, pattern) for path in gating.gated):
             raise RecipeError(
-                f"fbs.layers: {pattern!r} names no convolution with a gate; there are {', '.join(gating.gated)}."
+                f"fbs.layers: {pattern!r} names no layer with a gate; there are {', '.join(gating.gated)}."
             )
     return gating
 
@@ -61,8 +61,15 @@ def put_on(run: Run, model: nn.Module, step: int, point: Point) -> Out:
     gating = wrapped(asked(run), model, run.example)
     rows = [{"path": layer.conv, "norm": layer.norm} for layer in layers(gating.model)]
     whole = meter(gating.model, run.example).dense
-    run.log.append("gates", macs=whole, gated=rows, dense=[{"path": path, "why": why} for path, why in gating.dense])
-    run.screen.line(f"gates on {len(rows)} convolutions, {len(gating.dense)} are computed whole")
+    run.log.append(
+        "gates",
+        macs=whole,
+        gated=rows,
+        dense=[{"path": path, "why": why} for path, why in gating.dense],
+        sharing=list(gating.sharing),
+    )
+    shared = f", {len(gating.sharing)} share their masks" if gating.sharing else ""
+    run.screen.line(f"gates on {len(rows)} layers{shared}, {len(gating.dense)} are computed whole")
     for path, why in gating.dense:
         run.screen.line(f"no gate on {path}: {why}")
     return gating.model, Point()

@@ -98,6 +98,10 @@ def sites(scene: Scene) -> tuple[tuple[Site, ...], tuple[tuple[str, str], ...]]:
             found.append(site)
         else:
             dense[op.module] = site
+    named = {site.path for site in found} | dense.keys()
+    for path, module in scene.model.named_modules():
+        if type(module) in NORMS and path not in named and not path.endswith(".gate.predictor"):
+            dense[path] = "it does not run on the example in eval mode"
     return tuple(found), tuple(dense.items())
 
 
@@ -122,7 +126,7 @@ def _site(scene: Scene, op: Op) -> Site | str:
     last = [other for other in scene.ops if other.module == op.module][-1]
     value, norm = last.outs[0], ""
     if value is None or len(rec.values[value].shape) < 2 or rec.values[value].shape[0] != scene.batch:
-        return "its input is not one row of maps or vectors per sample"
+        return "its rows are not samples, and a gate decides per sample"
     following = scene.readers.get(value, [])
     if len(following) == 1 and following[0].target == NORM:
         norm = following[0].module
@@ -142,21 +146,21 @@ def _site(scene: Scene, op: Op) -> Site | str:
 
 def _why(scene: Scene, value: int) -> str:
     """Return "" when zeros stay zeros on every way from ``value`` to an activation or a consumer, else why not."""
-    todo, seen = [value], {value}
+    todo, seen = [(value, False)], {value}
     if not scene.readers.get(value) and value not in scene.rec.outputs:
         return "nothing reads it"
     while todo:
-        value = todo.pop()
+        value, activated = todo.pop()
         if value in scene.rec.outputs:
             return "its values are an output of the model"
         for op in scene.readers.get(value, []):
             step = _step(scene, op, value)
-            if step:
+            if step and not activated:
                 return step
-            if step is None:
+            if step is None or (activates(op) and scene.everywhere):  # a plan cuts no outputs, activated or not
                 fresh = {out for out in op.outs if out is not None} - seen
                 seen |= fresh
-                todo += fresh
+                todo += [(out, activated or activates(op)) for out in fresh]
     return ""
 
 
