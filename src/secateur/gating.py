@@ -23,7 +23,7 @@ from secateur.runtime.gates.cost import meter
 from secateur.sections import Fbs
 from secateur.session import Run
 from secateur.train.loop import Guide, Point, fit
-from secateur.types import RecipeError
+from secateur.types import PlanError, RecipeError
 from secateur.watching import Out, watched
 
 ON, ALONE, LOWER = "gates", "gates alone", "density"
@@ -39,8 +39,11 @@ def stages(run: Run) -> list[tuple[str, int]]:
 
 
 def wrapped(fbs: Fbs, model: nn.Module, example: torch.Tensor) -> Gating:
-    """Return ``model`` with gates that compute everything; raises ``RecipeError`` for a pattern without a layer."""
-    gating = gate(model, 1.0, example, everywhere=fbs.everywhere, pooling=fbs.pooling, threshold=fbs.threshold)
+    """Return ``model`` with gates that compute everything; raises ``RecipeError`` where there is no layer for them."""
+    try:
+        gating = gate(model, 1.0, example, everywhere=fbs.everywhere, pooling=fbs.pooling, threshold=fbs.threshold)
+    except PlanError as error:
+        raise RecipeError(f"fbs: {error}") from error
     for pattern in fbs.layers:
         if not any(fnmatchcase(path, pattern) for path in gating.gated):
             raise RecipeError(

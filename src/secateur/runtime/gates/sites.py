@@ -140,7 +140,7 @@ def _site(scene: Scene, op: Op) -> Site | str:
         return "it gives no tensor"
     why = _why(scene, value)
     if not why and isinstance(layer, nn.Linear) and not scene.everywhere:
-        return "linear layers get gates with everywhere: true"
+        return "a linear layer, which gets a gate with everywhere"
     return why or Site(op.module, norm, value)
 
 

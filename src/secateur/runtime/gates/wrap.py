@@ -78,7 +78,7 @@ def gate(
         dense = (*dense, *((site.path, "no density given") for site in found if site.path not in density))
         found = tuple(site for site in found if site.path in density)
     if not found:
-        hint = "" if everywhere else " everywhere=True looks further."
+        hint = "" if everywhere else " everywhere=True (fbs.everywhere in a recipe) looks further."
         raise PlanError(f"no layer can be gated: {'; '.join(f'{p}: {w}' for p, w in dense) or 'there is none'}.{hint}")
     following, sharing = followers(scene, found) if everywhere else ((), frozenset())
     model = copy.deepcopy(model)
