@@ -5,7 +5,7 @@
 Runs the recipe (train, prune one channel per event), then with about as many parameters: the pruned architecture from
 scratch, the network of lower depth (as published: whatever size it has), of lower width and with a bottleneck, and a
 copy of the pruned profile on a wider network.  All train as long as the dense model.  Prints a table, writes
-``error.json`` and ``compare.html``; the same command again continues.
+``error.json``, ``error.svg`` and ``compare.html``; the same command again continues.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from secateur.compare import compare, write
 from secateur.folder import HISTORY, RECORDS, complete
 from secateur.models.build import build
 from secateur.recipe import load
+from secateur.report.figures import standalone
+from secateur.report.scatter import Point, scatter
 from secateur.track.local import read
 
 WHOLE = "prune={budget: {units: 1.0}, schedule: {name: once}, criterion: {name: magnitude}}"  # nothing is cut
@@ -85,6 +87,23 @@ def figures(folder: Path, name: str) -> dict[str, Any]:
     return {"params": int(values["params"]), "error": 1 - values["test top1"], "n": 10_000}
 
 
+def drawn(rows: dict[str, dict[str, Any]]) -> str:
+    """Return test error against parameters as one SVG, the networks numbered in the order of ``rows``."""
+    css = {"dense": "dense", "pruned and tuned": "pruned", "scratch": "scratch", "copied": "scratch"}
+    ends = [
+        Point(row["params"], row["error"], 0.0, (row["error"] * (1 - row["error"]) / row["n"]) ** 0.5, number,
+              css.get(name, "random"), f"{name}: {row['error']:.2%}")
+        for number, (name, row) in enumerate(rows.items(), 1)
+    ]  # fmt: skip
+    names = {"dense": "dense", "pruned": "pruned", "scratch": "pruned shape, new weights", "random": "reduced"}
+    figure = scatter("test error against parameters", "parameters", ends, [], names)
+    colours = "".join(
+        f"circle.{name}{{fill:{colour}}}line.bar.{name}{{stroke:{colour}}}"
+        for name, colour in {"dense": "#7a8796", "pruned": "#1f6feb", "scratch": "#7c3aed", "random": "#c2410c"}.items()
+    )
+    return standalone(figure).replace("</style>", f"{colours}</style>", 1) + "\n"
+
+
 def main() -> None:
     """Run everything and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -104,6 +123,7 @@ def main() -> None:
     points = [r.data for r in read(pruned / RECORDS) if r.stage == "checkpoint"]
     print("on the way (validation):", ", ".join(f"{p['params']:,}: {1 - p['top1']:.2%}" for p in points))
     options.out.joinpath("error.json").write_text(json.dumps({"rows": rows, "on the way": points}, indent=1))
+    options.out.joinpath("error.svg").write_text(drawn(rows))
     write(compare(folders), options.out / "compare.html")
     print(f"page: {options.out / 'compare.html'}")
 

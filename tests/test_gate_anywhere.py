@@ -35,14 +35,14 @@ class Separable(nn.Module):
         self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), act())
         self.deep = nn.Conv2d(6, 6, 3, groups=6, padding=1)
         self.norm = nn.BatchNorm2d(6)
-        self.twice = nn.Conv2d(6, 12, 3, groups=6, bias=False)
+        self.twice, self.after = nn.Conv2d(6, 12, 3, groups=6, bias=False), nn.BatchNorm2d(12)
         self.grouped = nn.Conv2d(12, 8, 3, groups=2)
         self.act = act()
         self.head = nn.Sequential(nn.Linear(8 * 9, 10), nn.BatchNorm1d(10), act(), nn.Dropout(0.1), nn.Linear(10, 4))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.norm(self.deep(self.stem(x))))
-        x = self.act(self.grouped(self.twice(x)))
+        x = self.act(self.grouped(self.after(self.twice(x))))
         return self.head(nn.functional.adaptive_avg_pool2d(x, 3).flatten(1))
 
 
@@ -131,8 +131,8 @@ def vision(name: str, **given: object) -> Callable[[], nn.Module]:
 
 IMAGE = (3, 32, 32)
 SMALL = {  # model, shape of a sample, gated layers, layers that share masks, a reason for each other layer
-    "separable": (Separable, (3, 16, 16), 3, 3, {"head.4": "output"}),
-    "hardswish": (lambda: Separable(nn.Hardswish), (3, 16, 16), 3, 3, {"head.4": "output"}),
+    "separable": (Separable, (3, 16, 16), 3, 4, {"head.4": "output"}),
+    "hardswish": (lambda: Separable(nn.Hardswish), (3, 16, 16), 3, 4, {"head.4": "output"}),
     "shuffled": (Shuffled, (3, 8, 8), 3, 2, {"up": "sigmoid", "left": "output", "right": "output"}),
     "preactivated": (Preactivated, (3, 8, 8), 3, 3, {"head": "output"}),
     "tokens": (Tokens, (3, 16, 16), 2, 0, {"patch": "layer_norm", "head": "output"}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import secateur as sc
-from secateur import gating
+from secateur import gating, resolve
 from secateur.infer import evaluate, open_model
 from secateur.pipeline import run
 from secateur.recipe import Recipe, loads
@@ -64,6 +65,14 @@ def test_a_run_lowers_the_density_and_ships_the_gated_model(done: Path) -> None:
     assert quality.figures()["top1"] == found["test top1"]["value"]
     assert len(rows(done, "epoch")) == 1 + 1 + 2
     assert not (done / "ungated.safetensors").exists()
+    assert [row["density"] for row in measured["densities"]] == [1.0, 0.5]
+    assert measured["densities"][1]["top1"] == found["test top1"]["value"]
+    first = sc.load(done / "densities" / "1.safetensors")
+    assert {layer.density for layer in layers(first)} == {1.0}
+    assert (
+        evaluate(open_model(done / "densities" / "1.safetensors"))[0].figures()["top1"]
+        == measured["densities"][0]["top1"]
+    )
     page = (done / "report.html").read_text()
     assert "At run time" in page
     assert f"{steps[1]['macs']:,.0f}" in page
@@ -174,6 +183,33 @@ def test_gates_go_on_what_is_left_when_the_cuts_stop_early(tmp_path: Path, monke
     assert gates["macs"] == model["macs"]  # the cut was taken back
     assert step["macs"] < 0.5 * gates["macs"]
     assert layers(sc.load(folder / "gated.safetensors"))[1].density == 0.5
+
+
+def test_the_names_of_the_reference(done: Path, tmp_path: Path) -> None:
+    given = recipe("fbs={density: 0.5, initial: 0.02, reset_epochs: false}").fbs
+    assert given is not None
+    assert (given.densities, given.lr) == ((0.5,), 0.02)
+    words = (f"fbs={{load: '{done / 'gated.safetensors'}', density: 0.4, epochs: 1}}", "train.epochs=0")
+    with pytest.raises(RecipeError, match="does not hold this network"):
+        run(recipe(f"fbs.load='{done / 'dense.safetensors'}'"), tmp_path / "run")
+    gated = load_file(done / "gated.safetensors")
+    seen: list[dict[str, torch.Tensor]] = []
+    real = gating.STAGES[gating.LOWER]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(
+            gating.STAGES,
+            gating.LOWER,
+            lambda run, model, *rest: seen.append(copy.deepcopy(model.state_dict())) or real(run, model, *rest),
+        )
+        run(recipe(*words), tmp_path / "run")
+    assert all(torch.equal(gated[name], seen[0][name]) for name in gated)
+
+
+def test_one_fall_of_the_rate_over_all_densities() -> None:
+    chosen = recipe("fbs.reset_epochs=false", "train.rate=cosine")
+    first, second = (resolve.gating(chosen, 1, 1, False, number).rate for number in (0, 1))
+    assert [first(0.0), first(1.0), second(0.0), second(1.0)] == pytest.approx([1.0, 0.5, 0.5, 0.0])
+    assert resolve.gating(recipe("train.rate=cosine"), 1, 1, False, 1).rate(0.0) == 1.0
 
 
 @pytest.mark.parametrize(

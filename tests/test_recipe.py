@@ -26,7 +26,7 @@ from secateur.train.rates import RATES
 from secateur.types import RecipeError
 
 ROOT = Path(__file__).parent.parent
-OWN = ("s2a_", "s4_")  # have tests of their own
+OWN = ("fbs_", "rnp_", "s2a_", "s4_")  # have tests of their own
 RECIPES = sorted(p for p in (ROOT / "recipes").glob("*.yaml") if not p.stem.startswith(OWN))
 GOOD = "version: 1\nname: x\nprune:\n  budget: {units: 0.5}\n"
 

@@ -230,7 +230,7 @@ def test_a_training_that_was_stopped_ends_like_one_that_was_not() -> None:
     first.round_()
     again = start()
     again.model.load_state_dict(first.model.state_dict())
-    again.load(copy.deepcopy(first.state()))
+    again.load(copy.deepcopy(first.point()))
     torch.rand(7)
     for _ in range(2):
         assert again.round_()["epsilon"] >= 0.1

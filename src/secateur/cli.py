@@ -212,6 +212,8 @@ def evaluate(
     checkpoint: Checkpoint,
     part: Annotated[str, typer.Option(help="Which images: test, validation or train.")] = "test",
     root: Annotated[str | None, typer.Option(metavar="DIR", help="Where the data is, when it moved.")] = None,
+    density: Annotated[float | None, typer.Option(help="Of gates of FBS: the fraction of channels computed.")] = None,
+    budget: Annotated[float | None, typer.Option(help="Of RNP: the fraction of the MACs, by a bias.")] = None,
     trust: Trust = None,
 ) -> None:
     """Measure loss and accuracy, or the ELBO, of a checkpoint on its data."""
@@ -220,10 +222,19 @@ def evaluate(
     parts = ("train", "validation", "test")
     if part not in parts:
         raise typer.BadParameter(f"{part!r} is not one of {', '.join(parts)}", param_hint="--part")
-    quality, data = infer.evaluate(infer.open_model(checkpoint, trust or ()), part, root=root)
+    reader = infer.open_model(checkpoint, trust or ())
+    if density is not None:
+        infer.set_density(reader, density)
+    if budget is not None:
+        typer.echo(f"bias {infer.set_budget(reader, budget, root=root):.4f} for each further group of channels")
+    quality, data = infer.evaluate(reader, part, root=root)
     typer.echo(f"{checkpoint} on {quality.n:,} {part} images of {data.source.name}")
     for row in quality.measurements("cpu", part):
         typer.echo(f"{row.name:<18} {row.value:.4f} +- {row.spread:.4f} {row.unit} (standard error)")
+    if (work := infer.work(reader, data, part)) is not None:
+        typer.echo(
+            f"{'macs':<18} {work.macs.mean():,.0f} +- {work.macs.std():,.0f} of {work.whole:,.0f} per image (spread)"
+        )
 
 
 @app.command()

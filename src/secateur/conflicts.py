@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def conflicts(recipe: Recipe) -> dict[Path, str]:
     """Return path -> rule for each value of ``recipe`` that another value rules out."""
-    checks = (_warmups, _recoveries, _schedules, _secrets, _evidence, _images, during.conflicts)
+    checks = (_warmups, _recoveries, _schedules, _secrets, _evidence, _images, _gates, during.conflicts)
     return {path: rule for check in checks for path, rule in check(recipe).items()}
 
 
@@ -62,6 +62,14 @@ def _schedules(recipe: Recipe) -> dict[Path, str]:
     if recover.steps is not None and recover.warmup > 0:
         found["recover", "warmup"] = "counts epochs; leave it out where recover.steps counts steps"
     return found
+
+
+def _gates(recipe: Recipe) -> dict[Path, str]:
+    if recipe.rnp is None:
+        return {}
+    if recipe.fbs is not None:
+        return {("rnp",): "a convolution has one gate: give fbs or rnp, not both"}
+    return {}
 
 
 def _secrets(recipe: Recipe) -> dict[Path, str]:
@@ -141,6 +149,8 @@ def without_classes(recipe: Recipe) -> dict[Path, str]:
     why = "needs labels, which an autoencoder does not use; leave it out"
     keys = {"label_smoothing": recipe.train.label_smoothing, "mixup": recipe.train.mixup}
     found |= {("train", key): why for key, value in keys.items() if value}
+    if recipe.rnp is not None:
+        found["rnp",] = "the rewards need labels, which an autoencoder does not use; leave it out, or take fbs"
     if recipe.recover.name == "distil":
         found["recover", "name"] = "distil teaches scores of classes, which an autoencoder has not; take finetune"
     return found

@@ -25,8 +25,7 @@ from secateur.measure import counts
 from secateur.progressive import compose, relative, remaining
 from secateur.schedules import every
 from secateur.score import score
-from secateur.session import Run, prunable
-from secateur.ship import passport
+from secateur.session import Run, passport, prunable
 from secateur.train.held import held
 from secateur.train.loop import Settings, draw, shuffled
 from secateur.train.resume import atomic_write

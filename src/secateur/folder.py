@@ -19,6 +19,7 @@ REWIND, HELD = "rewind.safetensors", "held.safetensors"
 DENSE, PRUNED, PLAN, PROOF = "dense.safetensors", "pruned.safetensors", "plan.json", "proof.json"
 CHECKPOINTS, HISTORY = "checkpoints", "history.json"
 UNGATED, GATED = "ungated.safetensors", "gated.safetensors"  # what gates were put on, and what they made of it
+DENSITIES = "densities"  # a gated model at the end of its training at each density
 COMPACT = "compact.safetensors"  # of a masked model, without what its masks left idle
 
 

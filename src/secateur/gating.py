@@ -10,20 +10,23 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from secateur import recovery, resolve
 from secateur.checkpoint import load, save
-from secateur.folder import UNGATED
+from secateur.folder import DENSITIES, UNGATED
+from secateur.runtime import macs
 from secateur.runtime.gates import FBS, Gated, Gating, gate, layers, penalty, watch
 from secateur.runtime.gates.cost import meter
 from secateur.sections import Fbs
-from secateur.session import Run
+from secateur.session import Run, passport
 from secateur.train.loop import Guide, Point, fit
-from secateur.types import PlanError, RecipeError
+from secateur.types import PlanError, RecipeError, SecateurError
 from secateur.watching import Out, watched
 
 ON, ALONE, LOWER = "gates", "gates alone", "density"
@@ -52,6 +55,18 @@ def wrapped(fbs: Fbs, model: nn.Module, example: torch.Tensor) -> Gating:
     return gating
 
 
+def loaded(fbs: Fbs, model: nn.Module) -> nn.Module:
+    """Give the gated ``model`` the weights that the recipe names; raises ``RecipeError`` when they do not fit."""
+    if fbs.load is not None:
+        try:
+            tensors = load(fbs.load).state_dict()
+            model.load_state_dict(tensors)
+        except (SecateurError, RuntimeError) as error:
+            why = str(error).splitlines()[-1].strip()
+            raise RecipeError(f"fbs.load: {fbs.load} does not hold this network with its gates: {why}") from error
+    return model
+
+
 def asked(run: Run) -> Fbs:
     """Return what the recipe says about gates."""
     return run.recipe.fbs or Fbs()
@@ -62,20 +77,19 @@ def put_on(run: Run, model: nn.Module, step: int, point: Point) -> Out:
     if run.team.lead:
         save(model, run.folder / UNGATED)
     gating = wrapped(asked(run), model, run.example)
+    noted(run, gating, meter(gating.model, run.example).dense)
+    return loaded(asked(run), gating.model), Point()
+
+
+def noted(run: Run, gating: Gating, macs: float, **more: Any) -> None:
+    """Record and tell what has gates now, and why the rest has none; ``macs`` of one image when all is computed."""
     rows = [{"path": layer.conv, "norm": layer.norm} for layer in layers(gating.model)]
-    whole = meter(gating.model, run.example).dense
-    run.log.append(
-        "gates",
-        macs=whole,
-        gated=rows,
-        dense=[{"path": path, "why": why} for path, why in gating.dense],
-        sharing=list(gating.sharing),
-    )
+    dense = [{"path": path, "why": why} for path, why in gating.dense]
+    run.log.append("gates", macs=macs, gated=rows, dense=dense, sharing=list(gating.sharing), **more)
     shared = f", {len(gating.sharing)} share their masks" if gating.sharing else ""
     run.screen.line(f"gates on {len(rows)} layers{shared}, {len(gating.dense)} are computed whole")
     for path, why in gating.dense:
         run.screen.line(f"no gate on {path}: {why}")
-    return gating.model, Point()
 
 
 def alone(run: Run, model: nn.Module, step: int, point: Point) -> Out:
@@ -97,13 +111,35 @@ def lower(run: Run, model: nn.Module, step: int, point: Point) -> Out:
     """Train at the density of ``step``; record what its images compute and how good it is."""
     begin = time.perf_counter()
     density = densities(model, run, step - 1)
-    _train(run, model, len(run.targets) + 1 + step, asked(run).epochs, f"density {density:g}", point)
+    _train(run, model, len(run.targets) + 1 + step, asked(run).epochs, f"density {density:g}", point, step - 1)
     quality, counted = run.quality(model), spent(run, model, "validation")
     row = {"density": density, "macs": float(counted.mean()), **quality.figures()}
     run.log.append("gated", step=step, seconds=time.perf_counter() - begin, **row)
     told = run.task.told(quality.figures())
     run.screen.line(f"density {density:g}: {row['macs']:,.0f} MACs per image, {told} on validation images")
+    if run.team.lead:
+        _file(run, density).parent.mkdir(exist_ok=True)
+        save(model, _file(run, density), recipe=run.recipe.hash, extra=passport(run.recipe, run.data))
     return model, Point()
+
+
+def _file(run: Run, density: float) -> Path:
+    return run.folder / DENSITIES / f"{density:g}.safetensors"
+
+
+def tested(run: Run) -> list[dict[str, Any]]:
+    """Return how good the model was at the end of each density, and what it computed, on the test images.
+
+    Reads the test set, so it belongs to the end of a run.
+    """
+    rows = {}
+    for number, density in enumerate(asked(run).densities):
+        with run.team.copy_of(_file(run, density)) as path:
+            model = restored(run, load_file(path))
+        densities(model, run, number)
+        figures, counted = run.quality(model, "test").figures(), spent(run, model, "test")
+        rows[density] = {"density": density, "macs": float(counted.mean()), **figures}
+    return list(rows.values())
 
 
 def densities(model: nn.Module, run: Run, number: int) -> float:
@@ -115,8 +151,10 @@ def densities(model: nn.Module, run: Run, number: int) -> float:
     return density
 
 
-def _train(run: Run, model: nn.Module, phase: int, epochs: int, label: str, point: Point) -> None:
-    settings = resolve.gating(run.recipe, phase, epochs, recovery.half(run))
+def _train(
+    run: Run, model: nn.Module, phase: int, epochs: int, label: str, point: Point, number: int | None = None
+) -> None:
+    settings = resolve.gating(run.recipe, phase, epochs, recovery.half(run), number)
     watching = watched(run, model, phase, label, f"{epochs}")
     with penalised(model, asked(run).penalty) as guide:
         settings = replace(settings, guide=guide, compiled=False)  # choices are read beside the forward pass
@@ -149,12 +187,8 @@ def ungated(run: Run) -> nn.Module:
 
 def spent(run: Run, model: nn.Module, part: str) -> torch.Tensor:
     """Return the multiply-accumulates (n,) float64 of each image of a part of the data."""
-    count, found = meter(model, run.example), []
-    with torch.no_grad(), watch(model.eval()) as choices:
-        for inputs, _ in run.data.batches(part, max(256, run.recipe.train.batch_size)):
-            model(inputs)
-            found.append(count(choices, len(inputs)).cpu())
-    return torch.cat(found)
+    batches = run.data.batches(part, max(256, run.recipe.train.batch_size))
+    return macs.spent(model, meter(model, run.example), (inputs for inputs, _ in batches))
 
 
 STAGES = {ON: put_on, ALONE: alone, LOWER: lower}

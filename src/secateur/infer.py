@@ -20,6 +20,12 @@ from secateur.data.parquet import BROKEN_IMAGE
 from secateur.measure.accuracy import logits
 from secateur.measure.quality import Quality
 from secateur.measure.task import evaluate as measure
+from secateur.runtime.budget import bias_for
+from secateur.runtime.gates import FBS, Steered
+from secateur.runtime.gates.choice import Gate
+from secateur.runtime.gates.cost import meter
+from secateur.runtime.gates.fbs import quota
+from secateur.runtime.macs import spent
 from secateur.sections import Data
 from secateur.types import CheckpointError, DataError
 
@@ -100,12 +106,57 @@ def _pixels(reader: Reader, path: Path, invert: bool) -> torch.Tensor:
     return torch.from_numpy(array.reshape(height, width, channels)).permute(2, 0, 1)
 
 
+def set_density(reader: Reader, density: float) -> None:
+    """Set the density of every gate of FBS that is below 1 in the file; raises ``CheckpointError`` without any."""
+    gates = [module for module in reader.model.modules() if isinstance(module, FBS)]
+    if not gates:
+        raise CheckpointError("the model has no gates of FBS; --density is for runs with fbs, --budget for rnp.")
+    quota(density, 1)
+    for gate in gates:
+        if gate.density < 1 or all(other.density == 1 for other in gates):
+            gate.density = density
+
+
+def set_budget(reader: Reader, budget: float, *, root: str | None = None) -> float:
+    """Set the bias with which the model computes ``budget`` of its multiply-accumulates; return it.
+
+    The mean is taken over up to 1,024 validation images of the data that the model was made for (``root``: where it
+    is now).  Raises ``CheckpointError`` for a model without a controller, ``PlanError`` for a budget out of reach.
+    """
+    if not isinstance(reader.model, Steered):
+        raise CheckpointError("the model has no controller; --budget is for runs with rnp, --density for fbs.")
+    images = [inputs for inputs, _ in _data(reader, root).batches("validation", 256)][:4]
+    reader.model.bias = bias_for(reader.model, images, budget)
+    return reader.model.bias
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """Multiply-accumulates of each image (n,) under the choices of a model's gates, and of one that all computes."""
+
+    macs: torch.Tensor
+    whole: float
+
+
+def work(reader: Reader, data: Dataset, part: str = "test") -> Work | None:
+    """Return what the images of ``part`` compute; None for a model without gates."""
+    if not any(isinstance(module, Gate) for module in reader.model.modules()):
+        return None
+    count = meter(reader.model, data.batch(data.part(part)[:2])[0])
+    return Work(spent(reader.model, count, (inputs for inputs, _ in data.batches(part, 256))), count.dense)
+
+
 def evaluate(reader: Reader, part: str = "test", *, root: str | None = None) -> tuple[Quality, Dataset]:
     """Return loss and accuracy, or the ELBO, on a part of the data that the model was made for, and that data.
 
     ``root`` is where the data is now, when it moved.
     """
+    data = _data(reader, root)
+    return measure(reader.model, data.batches(part, 256)), data
+
+
+def _data(reader: Reader, root: str | None) -> Dataset:
     data = resolve.dataset(reader.data.model_copy(update={"root": root} if root else {}), reader.seed)
     if data.shape != reader.shape:
         raise DataError(f"the images are {data.shape}, the model was made for {reader.shape}; check --root.")
-    return measure(reader.model, data.batches(part, 256)), data
+    return data

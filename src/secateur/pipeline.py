@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur import gating, resolve
+from secateur import gating, resolve, steering
 from secateur.allocate import matching
 from secateur.checkpoint import load
 from secateur.conflicts import without_classes
@@ -126,7 +126,7 @@ def _carry_out(
         kind, step = stages[run.stage]
         if run.stopped and kind in STAGES:
             continue  # no cut follows; gates go on what there is
-        model, point = {**STAGES, **gating.STAGES}[kind](run, model, step, point)
+        model, point = {**STAGES, **gating.STAGES, **steering.STAGES}[kind](run, model, step, point)
         follows = stages[run.stage + 1 : run.stage + 2]
         if follows and not (run.stopped and follows[0][0] in STAGES):
             run.save_state(run.stage + 1, model, point)
@@ -143,7 +143,8 @@ def _versions() -> dict[str, str]:
 
 def _stages(run: Run) -> list[tuple[str, int]]:
     """Return all stages of a run but the last, ``finish``."""
-    return plan_stages(len(run.targets), masks=run.recipe.prune.save_every is not None) + gating.stages(run)
+    cuts = plan_stages(len(run.targets), masks=run.recipe.prune.save_every is not None)
+    return cuts + gating.stages(run) + steering.stages(run)
 
 
 def plan_stages(cuts: int, masks: bool = False) -> list[tuple[str, int]]:
@@ -169,7 +170,9 @@ def _check_early(recipe: Recipe, dense: Graph, data: Dataset) -> None:
         rows = [f"{'.'.join(map(str, path))}: {rule}" for path, rule in problems.items()]
         raise RecipeError(f"model.name = {recipe.model.name!r} makes images: " + "; ".join(rows) + ".")
     if recipe.fbs is not None:
-        gating.wrapped(recipe.fbs, dense.model, dense.args[0])
+        gating.loaded(recipe.fbs, gating.wrapped(recipe.fbs, dense.model, dense.args[0]).model)
+    if recipe.rnp is not None:
+        steering.wrapped(recipe.rnp, dense.model, dense.args[0], recipe.seed)
     wanted = resolve.criterion(recipe)
     graph = scored(recipe, dense)
     matching(graph, recipe.prune.only)
@@ -225,6 +228,8 @@ def _restored(run: Run, state: State, at: dict[str, Any] | None) -> nn.Module:
     run.plan = Plan.from_json(state.plan) if state.plan else whole(run.dense)
     if any(kind == gating.ON for kind, _ in _stages(run)[: state.stage]):
         return gating.restored(run, state.model)
+    if any(kind == steering.ON for kind, _ in _stages(run)[: state.stage]):
+        return steering.restored(run, state.model)
     if state.stage == 1 and run.recipe.prune.save_every is not None:  # masks: all tensors have their dense shape
         model = copy.deepcopy(run.dense.model)
         model.load_state_dict(state.model)

@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 from secateur.conflicts import conflicts
 from secateur.during import spell_out
 from secateur.problems import at, listing, nearest, schema_problems, shown
-from secateur.sections import Count, Data, Fbs, Measure, Model, Prune, Recover, Score, Section, Track, Train
+from secateur.sections import Count, Data, Fbs, Measure, Model, Prune, Recover, Rnp, Score, Section, Track, Train
 from secateur.types import Budget, RecipeError, SecateurError
 from secateur.yaml_source import Path, parse
 
@@ -41,6 +41,8 @@ class Recipe(Section):
     recover: Recover = Recover()
     fbs: Fbs | None = None
     """run-time pruning of what the cuts left, by gates (null: none)"""
+    rnp: Rnp | None = None
+    """run-time pruning of what the cuts left, by a controller (null: none)"""
     measure: Measure = Measure()
     track: Track = Track()
     out: str | None = None

@@ -27,7 +27,7 @@ from secateur.models.build import build
 from secateur.progressive import achieved
 from secateur.recipe import Recipe
 from secateur.schedules import SCHEDULES
-from secateur.sections import Data, Fbs, Train
+from secateur.sections import Data, Fbs, Rnp, Train
 from secateur.train.loop import Settings, draw
 from secateur.train.optimizers import OPTIMIZERS
 from secateur.train.rates import RATES, Rate, step, warmed
@@ -249,11 +249,22 @@ def training(recipe: Recipe, phase: int, last: bool = False, left: float = 1.0, 
     return replace(_settings(recipe, epochs, lr, rate, warmup, half), seed=draw(recipe.seed, phase), steps=steps)
 
 
-def gating(recipe: Recipe, phase: int, epochs: int, half: bool) -> Settings:
-    """Return how to train gates for ``epochs``; ``phase`` counts on from the recoveries."""
+def gating(recipe: Recipe, phase: int, epochs: int, half: bool, number: int | None = None) -> Settings:
+    """Return how to train gates for ``epochs`` in ``phase``, counted on from the recoveries, at density ``number``."""
     train, recover, fbs = recipe.train, recipe.recover, recipe.fbs or Fbs()
     lr, rate = fbs.lr or recover.lr or train.lr, fbs.rate or recover.rate or train.rate
-    return replace(_settings(recipe, epochs, lr, rate, 0.0, half), seed=draw(recipe.seed, phase))
+    settings = replace(_settings(recipe, epochs, lr, rate, 0.0, half), seed=draw(recipe.seed, phase))
+    if fbs.reset_epochs or number is None:
+        return settings
+    falls, all_ = settings.rate, len(fbs.densities)
+    return replace(settings, rate=lambda progress: falls((number + progress) / all_))
+
+
+def steering(recipe: Recipe, phase: int, half: bool) -> Settings:
+    """Return how the network learns under a controller; ``phase`` counts on from the recoveries."""
+    train, recover, rnp = recipe.train, recipe.recover, recipe.rnp or Rnp()
+    lr, rate = rnp.lr or recover.lr or train.lr, rnp.rate or recover.rate or train.rate
+    return replace(_settings(recipe, 1, lr, rate, 0.0, half), seed=draw(recipe.seed, phase))
 
 
 def _settings(recipe: Recipe, epochs: int, lr: float, rate: str, warmup: float, half: bool) -> Settings:

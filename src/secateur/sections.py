@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -281,8 +281,14 @@ class Recover(Section):
 class Fbs(Section):
     """Feature boosting and suppression: each input computes a part of the channels of each gated layer."""
 
-    densities: Annotated[tuple[Fraction, ...], Field(strict=False, min_length=1)] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
-    """fractions of the channels that are computed, one after another; training goes on at each"""
+    densities: Annotated[
+        tuple[Fraction, ...],
+        Field(strict=False, min_length=1, validation_alias=AliasChoices("densities", "density")),
+        BeforeValidator(lambda given: [given] if isinstance(given, float | int) else given),
+    ] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+    """fractions of the channels that are computed (also: density, one), one after another; training goes on at each"""
+    load: str | None = None
+    """a gated.safetensors of this network with weights to begin with (set train.epochs to 0)"""
     layers: dict[str, Fraction] = {}
     """module name pattern -> density of its layers, in place of densities (1: their gates only boost)"""
     everywhere: bool = False
@@ -297,10 +303,47 @@ class Fbs(Section):
     """epochs at the first density in which the gates alone learn, before all weights do"""
     epochs: Count = 1
     """epochs at each density, each with a new optimiser"""
-    lr: Positive | None = None
-    """base learning rate (null: that of recover, or of train)"""
+    reset_epochs: bool = True
+    """the learning rate begins anew at each density (false: it falls once, over all of them)"""
+    lr: Annotated[Positive | None, Field(validation_alias=AliasChoices("lr", "initial"))] = None
+    """base learning rate (also: initial; null: that of recover, or of train)"""
     rate: Rates | None = None
     """how the learning rate falls at each density (null: as in recover, or in train)"""
+
+
+class Rnp(Section):
+    """Runtime neural pruning: a controller says for each input how many channel groups each convolution computes."""
+
+    groups: Annotated[int, Field(ge=2)] = 4
+    """nested groups of the channels of each convolution; an action computes the first so many"""
+    penalty: Annotated[float, Field(le=0, allow_inf_nan=False)] = -0.1
+    """p, the reward of each further group; the one dial between accuracy and work"""
+    rounds: Count = 10
+    """M: how often the controller and the network learn in turns"""
+    policy_steps: Count = 100
+    """N1: updates of the controller in a round"""
+    backbone_steps: Annotated[int, Field(ge=0)] = 100
+    """N2: updates of the network in a round"""
+    alpha: Positive | None = None
+    """factor of the loss in the last reward (null: such that its running mean is 1)"""
+    gamma: Fraction = 1.0
+    """factor of later rewards"""
+    anneal: Fraction = 0.5
+    """fraction of the updates of the controller in which the chance of a random action falls from 1 to 0.1"""
+    renew: Count = 20
+    """updates of the controller from one copy for the targets to the next"""
+    policy_lr: Positive = 1e-3
+    """learning rate of the controller (Adam)"""
+    lr: Positive | None = None
+    """base learning rate of the network (null: that of recover, or of train)"""
+    rate: Rates | None = None
+    """how the learning rate of the network falls over all rounds (null: as in recover, or in train)"""
+    embed: Count = 64
+    """width of what the controller sees of a layer"""
+    hidden: Count = 128
+    """width of the state of the controller"""
+    budgets: Annotated[tuple[Fraction, ...], Field(strict=False)] = ()
+    """fractions of the multiply-accumulates that the finished model is tested at too, by a bias on its values"""
 
 
 class Track(Section):

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -132,3 +133,13 @@ def scored(recipe: Recipe, graph: Graph) -> Graph:
 def costs(graph: Graph) -> dict[str, int]:
     """Return parameters, and multiply-accumulates for one image."""
     return {"params": counts.params(graph), "macs": round(counts.macs(graph) / len(graph.args[0]))}
+
+
+def passport(recipe: Recipe, data: Dataset) -> dict[str, Any]:
+    """Return what ``predict`` and ``evaluate`` must know: classes, input form, data and its split."""
+    return {
+        "classes": list(data.classes),
+        "input": {"shape": list(data.shape), "mean": list(data.mean), "std": list(data.std)},
+        "data": recipe.data.model_dump(mode="json"),
+        "seed": recipe.seed,
+    }

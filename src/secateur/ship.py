@@ -11,33 +11,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur import gating
+from secateur import gating, steering
 from secateur.checkpoint import save
-from secateur.data import Dataset
 from secateur.folder import DENSE, GATED, PLAN, PROOF, PRUNED, RECORDS, REPORT
 from secateur.masking import compacted, proved, told, unmasked
 from secateur.measure.latency import compare, describe
 from secateur.measure.summary import layers, table
 from secateur.pictures import show
-from secateur.recipe import Recipe
 from secateur.report import render
-from secateur.session import Run, costs, traced
+from secateur.session import Run, costs, passport, traced
 from secateur.track.local import read
 from secateur.train.resume import atomic_write
 from secateur.types import Check, Measurement, Proof
 
 CLOCKED = ("ms", "times")  # units of what a clock measured: never twice the same, so not in the file that ships
 SUMMARIES = {"dense": "model_summary.txt", "pruned": "pruned_model_summary.txt"}
-
-
-def passport(recipe: Recipe, data: Dataset) -> dict[str, Any]:
-    """Return what ``predict`` and ``evaluate`` must know: classes, input form, data and its split."""
-    return {
-        "classes": list(data.classes),
-        "input": {"shape": list(data.shape), "mean": list(data.mean), "std": list(data.std)},
-        "data": recipe.data.model_dump(mode="json"),
-        "seed": recipe.seed,
-    }
 
 
 def finish(run: Run, model: nn.Module) -> None:
@@ -48,12 +36,14 @@ def finish(run: Run, model: nn.Module) -> None:
     for name, units, kept in run.plan.keep:
         run.screen.line(f"group {name}: {units - len(kept)} of {units} units removed ({1 - len(kept) / units:.1%})")
     run.screen.line("measuring ...")
-    gated = None if run.recipe.fbs is None else model
+    gated = None if run.recipe.fbs is None and run.recipe.rnp is None else model
     model = model if gated is None else gating.ungated(run)
     models = {"dense": run.dense.model, "pruned": model}
     found: dict[str, list[Measurement]] = {name: _measured(run, net) for name, net in models.items()}
     if gated is not None:
         found["gated"] = _gated(run, gated)
+    densities = [] if run.recipe.fbs is None else gating.tested(run)
+    budgets = [] if run.recipe.rnp is None else steering.tested(run, model if gated is None else gated)
     run.team.dissolve()
     if not run.team.lead:
         return
@@ -88,6 +78,8 @@ def finish(run: Run, model: nn.Module) -> None:
         measurements={name: [asdict(m) for m in items] for name, items in found.items()},
         layers={name: [asdict(row) for row in items] for name, items in rows.items()},
         warnings=warnings,
+        densities=densities,
+        budgets=budgets,
     )
     atomic_write(run.folder / REPORT, render(read(run.folder / RECORDS)).encode())
 

@@ -21,8 +21,7 @@ from secateur.masking import fallen
 from secateur.masking import proved as zeroes_proved
 from secateur.progressive import compose, relative, whole
 from secateur.score import score
-from secateur.session import Run, prunable, scored, traced
-from secateur.ship import passport
+from secateur.session import Run, passport, prunable, scored, traced
 from secateur.track.local import read
 from secateur.train.loop import Point, fit
 from secateur.train.resume import atomic_write

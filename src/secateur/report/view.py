@@ -61,7 +61,7 @@ def view(records: Sequence[Record]) -> dict[str, Any]:
         "dense": _last(stages, "dense"),
         "folded": _last(stages, "folded"),
         "gates": _last(stages, "gates"),
-        "gated": stages.get("gated", []),
+        "dials": _dials(stages.get("gated", []), measure),
         "at_run_time": {row["name"]: row for row in measure.get("measurements", {}).get("gated", [])},
         "proof": [row for cut in cuts for row in cut["proof"]],
         "charts": charts(stages),
@@ -69,6 +69,19 @@ def view(records: Sequence[Record]) -> dict[str, Any]:
         "pictures": stages.get("picture", []),
         "code": _code(_last(stages, "code")),
     }
+
+
+def _dials(gated: Sequence[Data], measure: Data) -> list[Data]:
+    """Return one row per density or budget of a gated model: label, macs, figures of validation and test or None."""
+    tests = {row["density"]: row for row in measure.get("densities", [])}
+    rows: list[Data] = [
+        {"label": f"{row['density']:g}", "macs": row["macs"], "validation": row, "test": tests.get(row["density"])}
+        if "density" in row
+        else {"label": "as trained", "macs": row["macs"], "validation": row, "test": None}
+        for row in gated
+    ]
+    budgets = measure.get("budgets", [])
+    return rows + [{"label": f"{r['budget']:g}", "macs": r["macs"], "validation": None, "test": r} for r in budgets]
 
 
 def _last(stages: Mapping[str, list[Data]], name: str) -> Data:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
 from secateur.graph.state import eval_mode
 from secateur.runtime.gates import FBS, watch
-from secateur.runtime.gates.cost import meter
+from secateur.runtime.gates.cost import Meter, meter
 
 
 def macs(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
@@ -23,10 +25,25 @@ def macs(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     >>> macs(gate(cifarnet(), 0.5, x).model, x).item()
     43964736.0
     """
-    count = meter(model, inputs)
+    return spent(model, meter(model, inputs), [inputs])
+
+
+def spent(model: nn.Module, count: Meter, batches: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return what ``macs`` returns for all samples (n,) of ``batches``, with the ``meter`` of the model.
+
+    >>> from secateur.runtime.gates import gate
+    >>> chain = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.ReLU())
+    >>> x = torch.rand(3, 3, 2, 2)
+    >>> model = gate(chain, 0.5, x).model
+    >>> spent(model, meter(model, x), x.split(2)).tolist()
+    [48.0, 48.0, 48.0]
+    """
+    found = []
     with eval_mode(model), torch.no_grad(), watch(model) as choices:
-        model(inputs)
-    return count(choices, len(inputs))
+        for inputs in batches:
+            model(inputs)
+            found.append(count(choices, len(inputs)).cpu())
+    return torch.cat(found)
 
 
 def overhead(model: nn.Module) -> int:

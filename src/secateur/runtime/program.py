@@ -150,7 +150,7 @@ def _pair(given: Any) -> tuple[int, int]:
 def _norm(conv_bias: torch.Tensor | None, stats: Any, eps: float, like: torch.Tensor) -> tuple[Any, Any]:
     """Return scale and shift, float64, of batch norm (weight, bias, mean, var) on top of a bias."""
     weight, bias, mean, var = (None if s is None else s.double() for s in stats)
-    scale = torch.rsqrt(var + eps) if var is not None else torch.ones(len(like), dtype=torch.float64)
+    scale = torch.rsqrt(var + eps) if var is not None else torch.ones_like(like.flatten(1)[:, 0], dtype=torch.float64)
     scale = scale if weight is None else scale * weight
     shift = torch.zeros_like(scale) if bias is None else bias
     center = torch.zeros_like(scale) if mean is None else -mean
@@ -159,26 +159,29 @@ def _norm(conv_bias: torch.Tensor | None, stats: Any, eps: float, like: torch.Te
 
 
 def _gated(reading: _Reading, path: str, layer: Gated, last: Op) -> None:
+    source = reading.rec.inputs[path][0][0]
+    if source is None or last.outs[0] is None:
+        raise EngineError(f"the input of {path!r} was not recorded.")
+    reading.nodes.append(gated_node(path, layer, reading.same.get(source, source), last.outs[0]))
+
+
+def gated_node(path: str, layer: Gated, source: int, out: int) -> Node:
+    """Return a gated layer as a node; raises ``EngineError`` for padding that differs by side and for other gates."""
     conv: Any = layer.conv
     norm = layer.norm
     if not isinstance(conv, nn.Conv2d):
         raise EngineError(f"the gate at {path!r} is on a {type(conv).__name__}; the engine runs gates on nn.Conv2d.")
     if isinstance(layer.gate, FBS) and layer.gate.threshold != "online":
         raise EngineError(f"the gate at {path!r} has a running threshold; the engine selects exactly k winners.")
+    if layer.board is not None:
+        raise EngineError(f"other layers share the mask of the gate at {path!r}, which the engine does not know.")
     stats = (None, None, norm.running_mean, norm.running_var) if isinstance(norm, nn.BatchNorm2d) else (None,) * 4
     scale, shift = _norm(conv.bias, stats, getattr(norm, "eps", 0.0), conv.weight)
-    source = reading.rec.inputs[path][0][0]
-    if source is None or last.outs[0] is None:
-        raise EngineError(f"the input of {path!r} was not recorded.")
     geometry = {"stride": _pair(conv.stride), "dilation": _pair(conv.dilation), "groups": conv.groups}
-    padding = _explicit(conv)
-    source = reading.same.get(source, source)
-    shift = shift + layer.shift.detach().double()
-    reading.nodes.append(
-        Node(
-            "conv", path, (source,), last.outs[0], weight=conv.weight.detach(), scale=scale, shift=shift,
-            gate=layer.gate, padding=padding, kernel=_pair(conv.kernel_size), **geometry,
-        )
+    return Node(
+        "conv", path, (source,), out, weight=conv.weight.detach(), scale=scale,
+        shift=shift + layer.shift.detach().double(), gate=layer.gate, padding=_explicit(conv),
+        kernel=_pair(conv.kernel_size), **geometry,
     )  # fmt: skip
 
 

@@ -52,8 +52,8 @@ class Meter:
         """Return for each layer the multiply-accumulates of each sample, path -> float64 (samples,)."""
         masks = {path: choice.mask for path, choice in choices.items()}
         found: dict[str, Tensor] = {}
-        for term in self.terms:  # a layer that runs twice counts twice
-            found[term.path] = found.get(term.path, torch.tensor(0.0)) + _count(term, masks, samples)
+        for term in self.terms:  # a layer may run several times
+            found[term.path] = found.get(term.path, 0) + _count(term, masks, samples)
         return found
 
     def __call__(self, choices: Mapping[str, Choice], samples: int) -> Tensor:

@@ -123,9 +123,6 @@ def union(one: Flow, two: Flow) -> Flow:
     """Return the flow of a sum of two maps: a unit is computed where either computes it."""
     gates, renumbered = _together([one, two])
     gate, channel = torch.cat(renumbered), torch.cat([one.channel, two.channel])
-    always = (gate == ALWAYS).any(0)
-    gate = torch.where(always, ALWAYS, gate)
-    channel = torch.where(gate < 0, 0, channel)
     both = torch.stack([gate, channel], 1).unique(dim=0)
     return Flow(gates, both[:, 0], both[:, 1])
 

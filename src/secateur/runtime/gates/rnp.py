@@ -123,7 +123,7 @@ def deciding(
 
     def policy(layer: int, x: Tensor) -> Tensor:
         nonlocal state
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             pooled = means(x.detach().float(), "avg")
             if layer == 0:
                 state = None
