@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import stat
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,9 @@ from secateur.models.cifarnet import cifarnet
 from secateur.models.s0 import s0
 from secateur.models.vgg import vgg
 from secateur.runtime.engine import Engine, Fallback, compile_engine, native
+from secateur.runtime.engine.convolve import FIELDS
+from secateur.runtime.engine.driver import OPERATORS
+from secateur.runtime.engine.tile import KINDS
 from secateur.runtime.gates import acting, gate
 from secateur.types import EngineError
 
@@ -228,3 +232,32 @@ def test_maps_whose_rows_cannot_touch() -> None:
     model = nn.Sequential(*layers, nn.Conv2d(8, 4, 3)).eval()
     with torch.no_grad():
         assert off(compile_engine(model, x, strict=True)(x), model(x)) <= 1e-4
+
+
+@pytest.mark.skipif(native.lanes() < 16, reason="these tiles need AVX-512")
+@pytest.mark.parametrize(("side", "kind"), [(2, "corner"), (4, "quad")])
+@pytest.mark.parametrize("density", [1.0, 0.4])
+def test_small_maps_have_tiles_of_their_own(side: int, kind: str, density: float) -> None:
+    """Numbers of outputs that no tile height divides, two groups, a residual sum."""
+    x = varied(3, 3, side, side)
+    convolution = partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
+    block = nn.Sequential(convolution(22, 22, groups=2), nn.BatchNorm2d(22), nn.ReLU(), convolution(22, 22))
+    layers = [convolution(3, 22), nn.BatchNorm2d(22), nn.ReLU(), Around(block), nn.ReLU(), nn.Conv2d(22, 5, 1)]
+    model = curious(gate(lived(nn.Sequential(*layers)), density, x).model, x)
+    engine = compile_engine(model, x, strict=True)
+    assert isinstance(engine, Engine)
+    used = engine.table[:, 1 + FIELDS.index("kind")][engine.table[:, 0] == list(OPERATORS).index("convolve")]
+    assert used.tolist() == [KINDS.index(kind)] * 3 + [0]
+    with torch.no_grad():
+        assert off(engine(x), model(x)) <= 1e-4
+
+
+class Around(nn.Module):
+    """x + block(x)."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.block(x)

@@ -15,6 +15,7 @@ import numpy as np, torch
 torch.set_num_threads(1)
 from random_nets import actions, network
 from secateur.runtime.engine import compile_engine
+from secateur.runtime.engine.engine import Workspace
 
 PAGE = mmap.PAGESIZE
 libc = ctypes.CDLL(None, use_errno=True)
@@ -43,12 +44,11 @@ for seed in map(int, sys.argv[2:]):
     expected = engine(x, chosen) if chosen else engine(x)
     for behind in (True, False):
         space = guarded(len(engine._image), behind)
-        space[:] = engine._image
-        engine._free[:] = [space]
+        engine._free[:] = [Workspace(engine._image, space)]
         torch.empty = lambda *size: tensor(torch.zeros(*size), behind)
         got = engine(tensor(x, behind), chosen) if chosen else engine(tensor(x, behind))
         torch.empty = empty
-        assert engine._free[0] is space and torch.equal(got, expected), seed
+        assert engine._free[0].raw is space and torch.equal(got, expected), seed
     if sys.argv[1] == "overrun":
         engine.table[-1, 1 + 8] = 4  # the result is stored four bytes too far
         engine._free[:] = []

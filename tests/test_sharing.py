@@ -51,7 +51,15 @@ def test_a_run_that_takes_a_training_ends_as_one_that_trains(tmp_path: Path, opt
 
 def test_what_decides_about_the_training_sets_it_apart() -> None:
     base = training_hash(loads(TINY))
-    for same in ("name=other", "prune.budget={macs: 0.3}", "recover.epochs=2", "measure.repeats=2", "out=x"):
+    for same in (
+        "name=other",
+        "prune.budget={macs: 0.3}",
+        "recover.epochs=2",
+        "measure.repeats=2",
+        "out=x",
+        "fbs.epochs=2",
+        "rnp.rounds=2",
+    ):
         assert training_hash(loads(TINY, overrides=[same])) == base
     for other in ("seed=1", "data.limit=100", "train.lr=0.1", "recover.name=rewind", "recover.carry_optimizer=true"):
         assert training_hash(loads(TINY, overrides=[other])) != base

@@ -12,6 +12,7 @@ from secateur.types import EngineError
 
 SLACK = 8192  # vectors read beyond the last plane
 ALIGNED = 64
+CHUNK = 32 << 20  # bytes of constants that are allocated together: so large that numpy asks for huge pages
 
 
 @dataclass(eq=False)
@@ -21,6 +22,7 @@ class Arena:
     size: int = HEAD
     begin: list[tuple[int, np.ndarray]] = field(default_factory=list)
     kept: list[np.ndarray] = field(default_factory=list)
+    left: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.uint8))
     lists: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def place(self, size: int) -> int:
@@ -39,8 +41,14 @@ class Arena:
 
     def constant(self, values: Any, kind: Any) -> int:
         """Return the address of a copy of ``values`` outside the workspace, read by all calls."""
-        kept = np.ascontiguousarray(values, dtype=kind)
-        self.kept.append(kept)
+        given = np.asarray(values, dtype=kind)
+        size = -(-max(given.nbytes, 1) // ALIGNED) * ALIGNED
+        if size > len(self.left):
+            chunk = np.empty(max(size, CHUNK) + ALIGNED, dtype=np.uint8)  # pages that nobody touches cost nothing
+            self.left = chunk[-chunk.ctypes.data % ALIGNED :]
+            self.kept.append(chunk)
+        kept, self.left = self.left[: given.nbytes].view(kind), self.left[size:]
+        kept[:] = given.ravel()
         return int(kept.ctypes.data)
 
     def full(self, units: int) -> tuple[int, int]:

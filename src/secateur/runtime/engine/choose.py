@@ -7,6 +7,7 @@ from llvmlite import ir
 from secateur.runtime.engine.emit import F32, I32, I64, PTR, Emit, Value
 
 BLOCK = 4  # vectors of outputs that a matrix-vector product keeps in registers
+AHEAD = 12  # active inputs whose weights are asked for in advance
 
 LINEAR = (
     "in_data",  # floats, by channel, row, column
@@ -57,12 +58,18 @@ def linear(module: ir.Module, lanes: int) -> ir.Function:
     pixels, size = e.b.mul(f["height"], f["width"]), I64(BLOCK * lanes)
     with e.loop(I64(0), f["padded"], BLOCK * lanes) as (j, _):
         begin = [e.vload(bias, e.b.add(j, I64(v * lanes))) for v in range(BLOCK)]
+        block = e.at(weights, e.b.mul(e.b.mul(e.b.udiv(j, size), f["inputs"]), size), F32)
         with e.loop(I64(0), count, 1, *begin) as (a, acc):
+            far = e.b.add(a, I64(AHEAD))
+            near = e.b.select(e.b.icmp_signed("<", far, count), far, a)
+            soon = e.b.sext(e.get(ids, near, I32), I64)
+            later = e.at(block, e.b.mul(e.b.mul(soon, pixels), size), F32)
+            for v in range(BLOCK):
+                e.prefetch(e.at(later, I64(v * lanes), F32))
             channel = e.b.sext(e.get(ids, a, I32), I64)
             place = e.b.select(e.b.icmp_signed("!=", f["compact"], I64(0)), a, channel)
             plane = e.at(data, e.b.mul(place, f["in_plane"]))
-            first = e.b.add(e.b.mul(channel, pixels), e.b.mul(e.b.udiv(j, size), f["inputs"]))
-            row = e.at(weights, e.b.mul(first, size), F32)
+            row = e.at(block, e.b.mul(e.b.mul(channel, pixels), size), F32)
             with e.loop(I64(0), f["height"], 1, *acc) as (y, inner):
                 line = e.at(plane, e.b.mul(y, f["pitch"]))
                 with e.loop(I64(0), f["width"], 1, *inner) as (x, last):

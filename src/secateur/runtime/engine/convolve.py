@@ -8,7 +8,7 @@ from llvmlite import ir
 
 from secateur.runtime.engine.emit import F32, I32, I64, PTR, Emit, Value
 from secateur.runtime.engine.team import helper, share
-from secateur.runtime.engine.tile import WIDTHS, heights
+from secateur.runtime.engine.tile import KINDS, Size
 
 # fields of the descriptor (int64 each); *_at are absolute addresses, the others bytes from the workspace or numbers
 FIELDS = (
@@ -32,10 +32,11 @@ FIELDS = (
     "groups",
     "in_per_group",
     "out_per_group",
-    "tight",  # 1: rows touch, and every tap has a mask
+    "kind",  # of the tiles: its number in KINDS
     "tap_masks_at",  # int32, one per tap
+    "weight_step",  # bytes from channel to channel in a row of weights
 )
-Tiles = Mapping[tuple[int, int, bool], ir.Function]
+Tiles = Mapping[Size, ir.Function]
 
 
 def convolve(module: ir.Module, lanes: int, tiles: Tiles) -> ir.Function:
@@ -84,41 +85,54 @@ def _cover(module: ir.Module, lanes: int, tiles: Tiles) -> ir.Function:
     e = Emit(module, "cover", [PTR, PTR, I64, I64, I64], lanes)
     desc, ws, length, done, n_out = e.function.args
     f = {name: e.field(desc, number) for number, name in enumerate(FIELDS)}
-    end, blocks = e.function.append_basic_block("end"), {}
-    for tight in (False, True):
-        blocks[tight] = e.function.append_basic_block("tight" if tight else "wide")
-    e.b.cbranch(e.b.icmp_signed("!=", f["tight"], I64(0)), blocks[True], blocks[False])
-    for tight, block in blocks.items():
-        e.b.position_at_end(block)
-        chosen = {(h, w): function for (h, w, kind), function in tiles.items() if kind == tight}
-        _lay(e, f, (ws, length, done, n_out), chosen)
-        e.b.branch(end)
+    end = e.function.append_basic_block("end")
+    cases = e.b.switch(f["kind"], end)
+    for number, kind in enumerate(KINDS):
+        chosen = {(h, w): function for (h, w, k), function in tiles.items() if k == kind}
+        if chosen:
+            block = e.function.append_basic_block(kind)
+            cases.add_case(I64(number), block)
+            e.b.position_at_end(block)
+            _lay(e, f, (ws, length, done, n_out), chosen)
+            e.b.branch(end)
     e.b.position_at_end(end)
     e.b.ret_void()
     return e.function
 
 
 def _lay(
-    e: Emit, f: Mapping[str, Value], state: tuple[Value, ...], tiles: Mapping[tuple[int, int], ir.Function]
+    e: Emit,
+    f: Mapping[str, Value],
+    state: tuple[Value, ...],
+    tiles: Mapping[tuple[int, int], ir.Function],
 ) -> None:
     """Lay the tallest tiles first, for the rest smaller ones."""
     ws, length, done, n_out = state
     at = {n: e.at(ws, f[n]) for n in ("entries", "scales", "shifts", "rows", "dst", "res")}
     masks = e.b.inttoptr(f["masks_at"], PTR)
     floor = e.b.bitcast(e.b.trunc(f["floor"], I32), F32)
-    for height in heights(e.lanes):
+    for height, widths in _widths(tiles).items():
         size = I64(height)
         end = e.b.add(done, e.b.mul(e.b.sdiv(e.b.sub(n_out, done), size), size))
         with e.loop(done, end, height) as (o, _):
             lists = [e.at(at[n], o, kind) for n, kind in (("scales", F32), ("shifts", F32), ("rows", I64))]
             lists += [e.at(at[n], o, I64) for n in ("dst", "res")]
+            more = e.b.icmp_signed("<=", e.b.add(o, I64(2 * height)), end)
+            lists.append(e.at(at["rows"], e.b.select(more, e.b.add(o, size), o), I64))  # not beyond the end
             lane: Value = I64(0)
-            for width in WIDTHS:
+            for width in widths:
                 stop = e.b.add(lane, e.b.mul(_tiles(e, f["vectors"], lane, width), I64(width * e.lanes)))
                 with e.loop(lane, stop, width * e.lanes) as (first, _):
                     e.b.call(tiles[height, width], [ws, at["entries"], length, first, *lists, floor, masks])
                 lane = stop
         done = end
+
+
+def _widths(tiles: Mapping[tuple[int, int], ir.Function]) -> dict[int, list[int]]:
+    """Return the widths of the tiles of each height, both falling."""
+    return {
+        h: sorted((w for other, w in tiles if other == h), reverse=True) for h in sorted({h for h, _ in tiles})[::-1]
+    }
 
 
 def _tiles(e: Emit, vectors: Value, lane: Value, width: int) -> Value:
@@ -134,12 +148,12 @@ def _tiles(e: Emit, vectors: Value, lane: Value, width: int) -> Value:
 def _entries(e: Emit, f: Mapping[str, Value], ids: Value, begin: Value, end: Value, base: Value, to: Value) -> Value:
     """Write (input offset, weight offset) of every active channel and tap; return their number."""
     taps, masks = (e.b.inttoptr(f[n], PTR) for n in ("taps_at", "tap_masks_at"))
-    tight = e.b.icmp_signed("!=", f["tight"], I64(0))
+    tight = e.b.icmp_signed("==", f["kind"], I64(KINDS.index("tight")))
     bits = e.b.select(tight, I64(2), I64(1))  # log2 of the int32 per entry
     with e.loop(begin, end, 1, I64(0)) as (a, carried):
         channel = e.b.sext(e.get(ids, a, I32), I64)
         plane = e.b.add(f["in_data"], e.b.mul(channel, f["in_plane"]))
-        weight = e.b.shl(e.b.mul(e.b.sub(channel, base), f["tap_count"]), I64(2))
+        weight = e.b.mul(e.b.sub(channel, base), f["weight_step"])
         first = carried[0]
         with e.loop(I64(0), f["tap_count"], 1) as (t, _):
             place = e.b.shl(e.b.add(first, t), bits)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 
 from llvmlite import ir
 
-from secateur.runtime.engine import choose, convolve, move, planes
+from secateur.runtime.engine import choose, control, convolve, move, planes
 from secateur.runtime.engine.emit import I64, PTR, Emit
-from secateur.runtime.engine.tile import WIDTHS, heights, tile
+from secateur.runtime.engine.tile import sizes as tile_sizes
+from secateur.runtime.engine.tile import tile
 
 WORDS = 24  # int64 per descriptor: the number of the operator, then its fields
 OPERATORS: dict[str, tuple[str, ...]] = {
@@ -17,6 +17,8 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "linear": choose.LINEAR,
     "win": choose.WIN,
     "prefix": choose.PREFIX,
+    "gru": control.GRU,
+    "decide": control.DECIDE,
     "stats": planes.STATS,
     "window": planes.WINDOW,
     "union": planes.UNION,
@@ -29,6 +31,8 @@ SIMPLE: dict[str, Callable[[ir.Module, int], ir.Function]] = {
     "linear": choose.linear,
     "win": choose.win,
     "prefix": choose.prefix,
+    "gru": control.gru,
+    "decide": control.decide,
     "stats": planes.stats,
     "window": planes.window,
     "union": planes.union,
@@ -46,8 +50,7 @@ def source(lanes: int, triple: str) -> str:
     """
     module = ir.Module("secateur")
     module.triple = triple
-    sizes = itertools.product(heights(lanes), WIDTHS, (False, True))
-    tiles = {size: tile(module, lanes, *size) for size in sizes}
+    tiles = {size: tile(module, lanes, *size) for size in tile_sizes(lanes)}
     functions = {"convolve": convolve.convolve(module, lanes, tiles)}
     functions |= {name: write(module, lanes) for name, write in SIMPLE.items()}
     e = Emit(module, "run", [PTR, I64, PTR, PTR, PTR, PTR, PTR, I64], lanes)

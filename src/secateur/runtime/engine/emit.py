@@ -73,6 +73,10 @@ class Emit:
         """Return a * b + c of vectors, rounded once."""
         return self.intrinsic(f"llvm.fma.v{self.lanes}f32", self.vector, [a, b, c])
 
+    def prefetch(self, address: Value) -> None:
+        """Ask for the cache line at ``address``; any address is allowed."""
+        self.intrinsic("llvm.prefetch.p0", VOID, [address, I32(0), I32(3), I32(1)])
+
     def masked(self, value: Value, base: Value, index: Value, bits: Value) -> None:
         """Store the lanes of ``value`` whose bit in the integer ``bits`` is set at float ``index``."""
         self.give(value, base, index, self.bools(bits))

@@ -8,32 +8,38 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from secateur.runtime.engine.choose import BLOCK
 from secateur.runtime.engine.lower import FLOORS, LooseError, Lowering, Number, bits
 from secateur.runtime.engine.planes import KINDS
+from secateur.runtime.engine.product import packed, padded, product
+from secateur.runtime.engine.steering import Steering
 from secateur.runtime.engine.stores import Store
+from secateur.runtime.engine.tile import KINDS as TILES
 from secateur.runtime.gates import FBS, Prefix
 from secateur.runtime.program import Node, Program
 from secateur.types import EngineError
 
 LIMIT = 1.25  # a pitch this much wider than needed is worth a copy
 MARGIN = 16  # floats behind each row of weights
+SMALL = {(2, 2): "corner", (4, 4): "quad"}  # tiles for 3 x 3 kernels on these maps
 
 
-def lowered(program: Program, lanes: int) -> tuple[Lowering, np.ndarray, np.ndarray]:
-    """Return ``program`` as operators for vectors of ``lanes`` floats, their table, and the image of a workspace."""
+def lowered(program: Program, lanes: int, steering: Steering | None = None) -> tuple[Lowering, np.ndarray, np.ndarray]:
+    """Return ``program`` as operators for vectors of ``lanes`` floats, their table, and the image of a workspace.
+
+    ``steering`` decides in the place of the caller's actions.
+    """
     try:
-        low = lower(program, lanes, True)
+        low = lower(program, lanes, True, steering)
         return low, *low.finish()
     except LooseError:
-        low = lower(program, lanes, False)
+        low = lower(program, lanes, False, steering)
         return low, *low.finish()
 
 
-def lower(program: Program, lanes: int, tight: bool) -> Lowering:
+def lower(program: Program, lanes: int, tight: bool, steering: Steering | None) -> Lowering:
     """Return ``program`` as operators, with rows that touch where vectors hold whole rows if ``tight``."""
     program = joined(program)
-    low = Lowering(program, lanes, may_be_tight=tight)
+    low = Lowering(program, lanes, may_be_tight=tight, steering=steering)
     for node in program.nodes:
         RULES[node.kind](low, node)
     value = program.result
@@ -93,6 +99,14 @@ def _taps(node: Node, source: Store, size: tuple[int, int], tight: bool = False)
     return offsets
 
 
+def _kind(low: Lowering, node: Node, source: Store, size: tuple[int, int]) -> str:
+    """Return the kind of tiles for a convolution from ``source`` to maps of ``size``."""
+    if not low.may_be_tight or node.kernel[1] == 1 or source.width != size[1] or low.lanes % size[1]:
+        return "wide"
+    plain = node.stride == node.dilation == node.padding == (1, 1) and node.kernel == (3, 3)
+    return SMALL.get(size, "tight") if plain and low.lanes == 16 else "tight"
+
+
 def _inside(low: Lowering, node: Node, width: int) -> list[int]:
     """Return for each tap the bits of the lanes that it leaves inside their row of ``width`` pixels."""
     reach = (np.arange(node.kernel[1]) * node.dilation[1] - node.padding[1]) // node.stride[1]
@@ -108,13 +122,13 @@ def _conv(low: Lowering, node: Node) -> None:
     source = low.phases(value, node.stride, 0.0, False)
     if low.widest(source) > LIMIT * (source.width + node.padding[1]):
         source = low.phases(value, node.stride, 0.0, True)
-    tight = low.may_be_tight and node.kernel[1] > 1 and source.width == width and low.lanes % width == 0
-    taps = _taps(node, source, (height, width), tight)
-    low.tight += [source] * tight
+    kind = _kind(low, node, source, (height, width))
+    taps = _taps(node, source, (height, width), kind != "wide")
+    low.tight += [source] * (kind != "wide")
     dst = low.store(units, height, width) if node.residual is None else low.value(node.residual)
     low.plain[node.out] = dst
     dst.join(source)
-    count = node.kernel[0] * node.kernel[1]
+    count, whole = node.kernel[0] * node.kernel[1], kind in SMALL.values()
     low.longest = max(low.longest, inputs * count)
     ids, length = low.list(value)
     lists = _outputs(low, node, dst)
@@ -127,10 +141,10 @@ def _conv(low: Lowering, node: Node) -> None:
     low.step(
         "convolve", **lists, **low.lanes_of(dst),
         in_data=lambda: source.data, in_plane=lambda: source.plane, in_ids=ids, in_count=length,
-        taps_at=lambda: low.arena.constant(taps(), np.int32), tap_count=count, entries=lambda: low.entries, res=res,
-        floor=FLOORS[node.relu], groups=node.groups, in_per_group=inputs // node.groups,
-        out_per_group=units // node.groups, tight=int(tight),
-        tap_masks_at=low.arena.constant(_inside(low, node, width) if tight else [0] * count, np.int32),
+        taps_at=lambda: low.arena.constant([0] if whole else taps(), np.int32), tap_count=1 if whole else count,
+        weight_step=4 * count, entries=lambda: low.entries, res=res, floor=FLOORS[node.relu], groups=node.groups,
+        in_per_group=inputs // node.groups, out_per_group=units // node.groups, kind=TILES.index(kind),
+        tap_masks_at=low.arena.constant(_inside(low, node, width) if kind == "tight" else [0] * count, np.int32),
     )  # fmt: skip
     if node.residual is not None and node.relu and not _positive(low.program, node.residual):
         _rectify(low, dst, only)
@@ -186,9 +200,7 @@ def _outputs(low: Lowering, node: Node, dst: Store) -> dict[str, int]:
         gain = node.gate.gain.detach().float().numpy()
         scale, shift = scale * gain, shift * gain
         count = low.arena.array(np.array([units], dtype=np.int64))
-        sizes = low.arena.constant(node.gate.sizes, np.int64)
-        low.step("prefix", layer=low.actions, sizes_at=sizes, out_count=count, groups=node.gate.groups)
-        low.actions += 1
+        _prefix(low, node, node.gate, count)
     return {
         "out_ids": ids,
         "out_count": count,
@@ -197,6 +209,16 @@ def _outputs(low: Lowering, node: Node, dst: Store) -> dict[str, int]:
         "rows": low.arena.array(address + step * np.arange(units, dtype=np.int64)),
         "dst": low.after(8 * units, lambda: dst.data + dst.plane * np.arange(units, dtype=np.int64)),
     }
+
+
+def _prefix(low: Lowering, node: Node, gate: Prefix, count: int) -> None:
+    """Add the step that says how many channels run: the caller's action, or the controller's (none for the first)."""
+    if low.steering is None:
+        sizes = low.arena.constant(gate.sizes, np.int64)
+        low.step("prefix", layer=low.actions, sizes_at=sizes, out_count=count, groups=gate.groups)
+        low.actions += 1
+    elif node.path in low.steering.paths:
+        low.steering.step(low, node, gate, count)
 
 
 def _winners(low: Lowering, node: Node, gate: FBS, dst: Store, rows: tuple[int, int, np.ndarray, np.ndarray]) -> dict:
@@ -210,15 +232,14 @@ def _winners(low: Lowering, node: Node, gate: FBS, dst: Store, rows: tuple[int, 
         kind=KINDS.index(gate.pooling), pixels=source.height * source.width, out=pooled, compact=1,
     )  # fmt: skip
     weight, bias = gate.predictor.weight.detach().float().numpy(), gate.predictor.bias.detach().float().numpy()
-    saliency = low.arena.place(4 * _padded(low, units))
-    _product(low, weight.T, bias, True, saliency, in_data=pooled, in_plane=4, pitch=4, height=1, width=1,
-             in_ids=ids, in_count=count, compact=1)  # fmt: skip
+    saliency = low.arena.place(4 * padded(low, units))
+    product(low, weight.T, bias, True, saliency, **packed(pooled, ids, count))
     out_ids, out_count = low.arena.empty(units)
     address, step, scale, shift = rows
     lists = {"out_ids": out_ids, "out_count": out_count}
     lists |= {name: low.arena.place(size * (units + 1)) for name, size in SIZES.items()}
     low.step(
-        "win", **lists, saliency=saliency, padded=_padded(low, units), units=units, k=gate.k,
+        "win", **lists, saliency=saliency, padded=padded(low, units), units=units, k=gate.k,
         scale_at=low.arena.constant(scale, np.float32), shift_at=low.arena.constant(shift, np.float32),
         weights_at=address, row_bytes=step, dst_data=lambda: dst.data, dst_plane=lambda: dst.plane,
     )  # fmt: skip
@@ -228,31 +249,15 @@ def _winners(low: Lowering, node: Node, gate: FBS, dst: Store, rows: tuple[int, 
 SIZES = {"scales": 4, "shifts": 4, "rows": 8, "dst": 8}
 
 
-def _padded(low: Lowering, units: int) -> int:
-    block = BLOCK * low.lanes
-    return -(-units // block) * block
-
-
-def _product(low: Lowering, weight: np.ndarray, bias: np.ndarray, relu: bool, out: Number, **source: Number) -> None:
-    """Add a matrix-vector product; ``weight`` is (inputs, outputs)."""
-    padded = _padded(low, len(bias))
-    room = ((0, 0), (0, padded - len(bias)))
-    blocks = np.pad(weight, room).reshape(len(weight), -1, BLOCK * low.lanes).swapaxes(0, 1)
-    low.step(
-        "linear", **source, weights_at=low.arena.constant(blocks, np.float32), inputs=len(weight),
-        bias_at=low.arena.constant(np.pad(bias, room[1]), np.float32), padded=padded, floor=FLOORS[relu], out_data=out,
-    )  # fmt: skip
-
-
 def _linear(low: Lowering, node: Node) -> None:
     if node.weight is None or node.shift is None:
         raise EngineError(f"the linear layer {node.path!r} has no weights.")
     source, (ids, count) = low.value(node.ins[0]), low.list(node.ins[0])
     units = len(node.weight)
-    out = low.store(_padded(low, units), 1, 1, vector=True)
+    out = low.store(padded(low, units), 1, 1, vector=True)
     low.plain[node.out] = out
     weight, bias = node.weight.detach().float().numpy(), node.shift.detach().float().numpy()
-    _product(
+    product(
         low, weight.T, bias, node.relu, lambda: out.data, in_data=lambda: source.data, in_plane=lambda: source.plane,
         pitch=lambda: source.pitch, height=source.height, width=source.width, in_ids=ids, in_count=count, compact=0,
     )  # fmt: skip

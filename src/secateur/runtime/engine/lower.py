@@ -48,6 +48,8 @@ class Lowering:
     actions: int = 0
     may_be_tight: bool = True
     tight: list[Store] = field(default_factory=list)
+    steering: Any = None  # Steering, which is made of these operators
+    control: dict[str, int] = field(default_factory=dict)
     late: list[tuple[int, Callable[[], np.ndarray]]] = field(default_factory=list)
 
     def step(self, name: str, **fields: Number) -> None:

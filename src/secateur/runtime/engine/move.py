@@ -33,14 +33,17 @@ def layout(module: ir.Module, lanes: int) -> ir.Function:
     src = e.b.select(e.b.icmp_signed("==", f["src"], I64(-1)), image, e.at(ws, f["src"]))
     dst, ids = e.at(ws, f["dst"]), e.at(ws, f["ids"])
     count = e.get(e.at(ws, f["count"]), I64(0), I64)
+    phase = e.b.mul(f["stride_x"], f["dst_phase"])
     with e.loop(I64(0), count, 1) as (a, _):
         channel = e.b.sext(e.get(ids, a, I32), I64)
         plane, to = e.at(src, e.b.mul(channel, f["src_plane"])), e.at(dst, e.b.mul(channel, f["dst_plane"]))
-        with e.loop(I64(0), f["height"], 1) as (y, _):
+        with e.loop(I64(0), f["height"], 1, I64(0), I64(0)) as (y, place):  # of the row: its phase, where it lies there
             line = e.at(plane, e.b.mul(y, f["src_pitch"]))
-            phase = e.b.mul(e.b.mul(e.b.urem(y, f["stride_y"]), f["stride_x"]), f["dst_phase"])
-            row = e.at(to, e.b.add(phase, e.b.mul(e.b.udiv(y, f["stride_y"]), f["dst_pitch"])))
+            row = e.at(to, e.b.add(e.b.mul(place[0], phase), place[1]))
             _row(e, f, line, row)
+            next_phase, below = e.b.add(place[0], I64(1)), e.b.add(place[1], f["dst_pitch"])
+            around = e.b.icmp_signed("==", next_phase, f["stride_y"])
+            place[:] = [e.b.select(around, I64(0), next_phase), e.b.select(around, below, place[1])]
     e.b.ret_void()
     return e.function
 
@@ -92,8 +95,8 @@ def _every_other(e: Emit, pair: tuple[Value, Value], odd: int) -> Value:
 
 def _below(e: Emit, limit: Value) -> Value:
     """Return a mask of the lanes whose number is below ``limit``."""
-    numbers = ir.Constant(ir.VectorType(I64, e.lanes), list(range(e.lanes)))
-    return e.b.icmp_signed("<", numbers, e.splat(limit))
+    numbers = ir.Constant(ir.VectorType(I32, e.lanes), list(range(e.lanes)))
+    return e.b.icmp_signed("<", numbers, e.splat(e.b.trunc(limit, I32)))
 
 
 def store(module: ir.Module, lanes: int) -> ir.Function:
