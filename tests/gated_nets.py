@@ -14,7 +14,7 @@ from secateur.runtime.gates.fbs import pooled
 def lived(model: nn.Module) -> nn.Module:
     """``model`` with statistics and affine parameters as after training, negative and zero scales among them."""
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
             nn.init.normal_(module.weight, 0.5, 0.5)
             nn.init.normal_(module.bias, 0, 0.3)
             nn.init.normal_(module.running_mean, 0, 0.3)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from typer.testing import CliRunner, Result
 
 import secateur as sc
@@ -21,7 +22,7 @@ from secateur.models.cifar_resnet import resnet20
 from secateur.models.s0 import s0
 from secateur.pipeline import run
 from secateur.recipe import loads
-from secateur.runtime.gates import FBS, Steered, controller_for, gate
+from secateur.runtime.gates import FBS, Follower, Gated, Steered, controller_for, gate
 from secateur.runtime.plain import plain
 
 TINY = """
@@ -127,16 +128,24 @@ def test_mistakes_are_told(make: Any, told: str, tmp_path: Path) -> None:
     assert told in result.stderr
 
 
-@pytest.mark.parametrize("density", [0.5, None])
-def test_a_plain_network_is_the_gated_one_that_computes_all(density: float | None) -> None:
+def mobile() -> nn.Sequential:
+    """A depthwise convolution between two others, and a linear layer that is gated, too."""
+    first = [nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU6()]
+    depthwise = [nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8), nn.ReLU6()]
+    return nn.Sequential(
+        *first, *depthwise, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2)
+    )
+
+
+@pytest.mark.parametrize("kind", [{"density": 0.5}, {"density": None}, {"density": 0.5, "everywhere": True}])
+@pytest.mark.parametrize("make", [lambda: resnet20(width=8, depth=8), lambda: s0(widths=[8, 8, 12, 12]), mobile])
+def test_a_plain_network_is_the_gated_one_that_computes_all(make: Any, kind: dict[str, Any]) -> None:
     x = varied(2)
-    for model in (resnet20(width=8, depth=8), s0(widths=[8, 8, 12, 12])):
-        gated = gate(lived(model), density, x).model
-        gated = gated if density is None else curious(gated, x)
-        for module in gated.modules():
-            if isinstance(module, FBS):
-                module.enabled = False
-        ungated = plain(gated)
-        assert not any(type(module).__name__ == "Gated" for module in ungated.modules())
-        with torch.no_grad():
-            torch.testing.assert_close(ungated(x), gated(x), rtol=1e-4, atol=1e-5)
+    gated = curious(gate(lived(make()), example=x, **kind).model, x)
+    for module in gated.modules():
+        if isinstance(module, FBS):
+            module.enabled = False
+    ungated = plain(gated)
+    assert not any(isinstance(module, Gated | Follower) for module in ungated.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(ungated(x), gated(x), rtol=1e-4, atol=1e-5)

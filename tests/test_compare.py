@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from secateur.cli import app
 from secateur.compare import compare, records, write
 from secateur.recipe import loads
-from secateur.report.arms import DENSE, PRUNED, RANDOM, SCRATCH, Arm, Comparison, front
+from secateur.report.arms import DENSE, GATED, PRUNED, RANDOM, SCRATCH, Arm, Comparison, front
 from secateur.report.compared import render, table
 from secateur.report.figures import CHARACTER, WIDTH
 from secateur.report.scatter import WIDE, Point, labels, scatter
@@ -50,6 +50,7 @@ def run(
     scratch: bool = False,
     threads: int = 1,
     finished: bool = True,
+    gated: tuple[float, float] | None = None,
 ) -> Path:
     """The folder of a run with these measurements, as ``secateur run`` writes it."""
     recipe = loads("{version: 1, name: tiny}", overrides=list(overrides))
@@ -63,7 +64,10 @@ def run(
             **quality, params=params, macs=2 * params, **{"latency batch 1": latency, "latency batch 64": 9.0}
         )
         dense = measured(**{"test top1": 0.95}, params=1000.0, macs=2000.0, **{"latency batch 1": 3.0})
-        rows += [{"stage": "measure", "measurements": {"dense": dense, "pruned": small}}, {"stage": "end"}]
+        both = {"dense": dense, "pruned": small}
+        if gated is not None:
+            both["gated"] = measured(**{"test top1": gated[0]}, params=1100.0, macs=gated[1])
+        rows += [{"stage": "measure", "measurements": both}, {"stage": "end"}]
     folder.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps({"time": 1.0, **row}) + "\n" for row in rows)
     (folder / "records.jsonl").write_text(text)
@@ -169,6 +173,44 @@ def test_absent_controls_are_said(tmp_path: Path) -> None:
     assert note.endswith("for: budget.units=0.3, criterion.name=taylor.")
     unpaired = compare([run(tmp_path / "late", 0.9, 500, "seed=7"), random])
     assert any("of equal recipe and seed" in note for note in unpaired.notes)
+
+
+def test_gated_runs_stand_with_their_own_figures_beside_static_ones(tmp_path: Path) -> None:
+    words = ("prune.budget={units: 1}", "prune.schedule={name: once}")
+    steps = {0.7: (0.94, 1400.0), 0.5: (0.92, 700.0)}
+    paths = [run(tmp_path / "static", 0.9, 500, "prune.budget={units: 0.5}", words[1])]
+    for density, values in steps.items():
+        for seed in range(2):
+            own = (*words, f"fbs.densities=[1.0, {density}]", f"seed={seed}")
+            paths.append(
+                run(tmp_path / f"{density}-{seed}", 0.95, 1000, *own, gated=(values[0] + seed / 100, values[1]))
+            )
+    found = compare(paths)
+    assert [arm.role for arm in found.arms] == [DENSE, PRUNED, GATED, GATED]  # one dense model for all
+    assert [arm.label for arm in found.arms[1:]] == [
+        "budget.units=0.5",
+        "fbs.densities=[1.0, 0.7], budget.units=1.0",
+        "fbs.densities=[1.0, 0.5], budget.units=1.0",
+    ]
+    for arm, (accuracy, macs) in zip(found.arms[2:], steps.values(), strict=True):
+        assert arm.values["test top1"].mean == pytest.approx(accuracy + 0.005)
+        assert (arm.values["macs"].mean, arm.values["params"].mean) == (macs, 1100.0)
+        assert "latency batch 1" not in arm.values
+        assert arm.gains == {}
+    assert found.fronts["macs"] == (3, 2, 0)  # the static run costs more than the better gated one
+    assert found.fronts["latency batch 1"] == (1, 0)
+    assert any(note.startswith("MACs of gated rows") for note in found.notes)
+    assert not any("gated" in note for note in compare(paths[:1]).notes)
+    page, text = render(found), table(found)
+    figure = page[page.index("against MACs") :].partition("</svg>")[0]
+    assert figure.count('<circle class="gated"') == 2 + 1  # and the legend
+    assert len(re.findall(r"│ gated +│", text)) == 2
+
+
+def test_runs_that_need_no_control_are_not_said_to_lack_one(tmp_path: Path) -> None:
+    own = ("prune.budget={units: 1}", "prune.schedule={name: once}", "fbs.densities=[0.5]")
+    notes = compare([run(tmp_path / "gated", 0.9, 500, *own, gated=(0.9, 700.0))]).notes
+    assert not any("control" in note or "from scratch" in note for note in notes)
 
 
 def test_what_does_not_compare_is_said(tmp_path: Path) -> None:

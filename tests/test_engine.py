@@ -60,9 +60,10 @@ def test_random_networks_equal_their_masks(seed: int) -> None:
 
 
 @pytest.mark.slow
-def test_500_random_networks() -> None:
-    close = sum(not check(seed, WIDTHS[seed % len(WIDTHS)]) for seed in range(500))
-    assert close <= 5
+@pytest.mark.parametrize("part", range(10))
+def test_500_random_networks(part: int) -> None:
+    close = sum(not check(seed, WIDTHS[seed % len(WIDTHS)]) for seed in range(50 * part, 50 * part + 50))
+    assert close <= 2
 
 
 MODELS = {

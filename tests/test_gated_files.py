@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 import secateur as sc
 from gated_nets import curious, lived, varied
 from secateur.models.build import build
-from secateur.runtime.gates import FBS, Layer, Steered, controller_for, gate, layers, put_
+from secateur.runtime.gates import FBS, Layer, Steered, controller_for, gate, layers, put_, restore_, rows
 from secateur.types import CheckpointError, PlanError
 
 KWARGS = {"widths": [8, 8, 12, 12, 12, 16, 16, 16]}
@@ -34,6 +35,52 @@ def test_an_fbs_network_comes_back(tmp_path: Path) -> None:
     assert torch.equal(again(x), model(x))
     given = sc.load(path, model=build("cifarnet", **KWARGS))
     assert torch.equal(given(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["wide_resnet", "densenet", "mlp", "torchvision:mobilenet_v2"])
+def test_gates_everywhere_come_back(name: str, tmp_path: Path) -> None:
+    kwargs = {"wide_resnet": {"depth": 10, "width": 0.5}, "densenet": {"depth": 16, "growth": 4}}.get(name, {})
+    x = varied(3, 1, 28, 28) if name == "mlp" else varied(3)
+    model = lived(build(name, **kwargs))
+    model = curious(gate(model, 0.5, x, everywhere=True, threshold="local").model, x)
+    model.train()(x)
+    again = sc.load(sc.save(model.eval(), tmp_path / "a.safetensors"))
+    assert rows(again) == rows(model)
+    assert layers(again)[0].threshold == "local"
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+
+
+def test_files_of_before_name_no_threshold() -> None:
+    assert Layer("0", "", 0.5).row() == {"conv": "0", "norm": "", "density": 0.5, "pooling": "l1", "groups": 4}
+    for layer in (Layer("0", "", 0.5), Layer("0", "", 0.5, threshold="local")):
+        assert Layer.of(layer.row()) == layer
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ({"follows": "1", "units": [[["0", 0, 9]]]}, "within that gate"),
+        ({"follows": "1", "units": [[["0", 4, 5]]]}, "within that gate"),
+        ({"follows": "1", "units": [[["2", 0, 8]]]}, "within that gate"),
+        ({"follows": "1", "units": [[[None, 0, 10**12]]]}, "within that gate"),
+        ({"follows": "1", "units": [[["0", -1, 8]]]}, "within that gate"),
+        ({"follows": "1", "units": [[["0", 0, True]]]}, "within that gate"),
+        ({"follows": "1", "units": []}, "within that gate"),
+        ({"follows": "1", "units": "all"}, "within that gate"),
+        ({"follows": "1", "units": [[["0", 0, 8]], [["0", 0, 4]]]}, "differ in length"),
+        ({"follows": "1", "units": [[["0", 0, 4]]]}, "has 8 channels"),
+        ({"follows": "3", "units": [[["0", 0, 8]]]}, "share masks"),
+        ({"follows": "9", "units": [[["0", 0, 8]]]}, "share masks"),
+        ({"follows": 1, "units": []}, "follows and units"),
+        ({"follows": "1"}, "follows and units"),
+    ],
+)
+def test_shared_masks_that_do_not_fit_are_refused(row: Any, why: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    put_(model, Layer("0", "", 0.5))
+    with pytest.raises(PlanError, match=why):
+        restore_(model, (row,))
 
 
 def test_a_cut_and_gated_network_comes_back(tmp_path: Path) -> None:
@@ -66,9 +113,9 @@ def test_a_controller_travels_with_its_network(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("layer", "why"),
     [
-        (Layer("1", "", 0.5), "takes a Conv2d"),
-        (Layer("nothing", "", 0.5), "takes a Conv2d"),
-        (Layer("0", "2", 0.5), "takes a Conv2d and its BatchNorm2d"),
+        (Layer("1", "", 0.5), "takes a convolution or Linear"),
+        (Layer("nothing", "", 0.5), "takes a convolution or Linear"),
+        (Layer("0", "2", 0.5), "its batch norm; found Conv2d and ReLU"),
         (Layer("0", "4", 0.5), "does not fit"),
         (Layer("0", "1", 1.5), "in .0, 1."),
         (Layer("0", "1", 0.5, "median"), "pooling must be"),
@@ -92,8 +139,8 @@ def test_rows_of_strangers_are_refused() -> None:
 def test_a_file_whose_gates_do_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x = varied(2)
     model = gate(build("cifarnet", **KWARGS), 0.5, x).model
-    wrong = tuple(replace(layer, conv=layer.norm) for layer in layers(model))
-    monkeypatch.setattr("secateur.runtime.gates.layers", lambda inner: wrong)
+    wrong = tuple(replace(layer, conv=layer.norm).row() for layer in layers(model))
+    monkeypatch.setattr("secateur.runtime.gates.rows", lambda inner: wrong)
     path = sc.save(model, tmp_path / "a.safetensors")
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match="gates do not fit"):

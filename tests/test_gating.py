@@ -61,6 +61,11 @@ def test_a_run_lowers_the_density_and_ships_the_gated_model(done: Path) -> None:
     (measured,) = rows(done, "measure")
     found = {row["name"]: row for row in measured["measurements"]["gated"]}
     assert found["macs"]["value"] == pytest.approx(steps[1]["macs"])
+    (choices,) = rows(done, "choices")
+    assert choices["mean"] == choices["most"] == found["macs"]["value"]
+    assert [(row["path"], row["density"]) for row in choices["layers"]] == [
+        (row["path"], 1.0 if row["path"] == "0" else 0.5) for row in gates["gated"]
+    ]
     quality, _ = evaluate(open_model(done / "gated.safetensors"))
     assert quality.figures()["top1"] == found["test top1"]["value"]
     assert len(rows(done, "epoch")) == 1 + 1 + 2
@@ -75,6 +80,7 @@ def test_a_run_lowers_the_density_and_ships_the_gated_model(done: Path) -> None:
     )
     page = (done / "report.html").read_text()
     assert "At run time" in page
+    assert "Channels computed in each layer" in page
     assert f"{steps[1]['macs']:,.0f}" in page
 
 
@@ -119,6 +125,50 @@ def test_a_run_that_was_stopped_among_its_gates_ends_like_one_that_was_not(
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert [row["macs"] for row in rows(folder, "gated")] == [row["macs"] for row in rows(done, "gated")]
+
+
+EVERYWHERE = (
+    "model={name: mlp, args: {widths: [12, 9]}}",
+    "fbs={densities: [1.0, 0.5], everywhere: true, threshold: local, layers: {'1': 0.75}}",
+)
+
+
+def test_gates_everywhere_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stop(Exception):
+        pass
+
+    def stopping(*args: Any) -> Any:
+        if args[2] == 2:
+            raise Stop
+        return real(*args)
+
+    folder = run(recipe(*EVERYWHERE), tmp_path / "whole")
+    (gates,) = rows(folder, "gates")
+    model = sc.load(folder / "gated.safetensors")
+    assert [row["path"] for row in gates["gated"]] == [layer.conv for layer in layers(model)]
+    assert {layer.threshold for layer in layers(model)} == {"local"}
+    assert [layer.density for layer in layers(model)] == [0.75, 0.5]
+    real = gating.STAGES[gating.LOWER]
+    with monkeypatch.context() as patch:
+        patch.setitem(gating.STAGES, gating.LOWER, stopping)
+        with pytest.raises(Stop):
+            run(recipe(*EVERYWHERE), tmp_path / "again")
+    again = run(recipe(*EVERYWHERE), tmp_path / "again", resume=True)
+    one, two = load_file(folder / "gated.safetensors"), load_file(again / "gated.safetensors")
+    assert any(name.endswith(".level") for name in one)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_gates_that_share_masks_in_a_run(tmp_path: Path) -> None:
+    words = ("model={name: wide_resnet, args: {depth: 10, width: 0.5}}", "prune.budget={units: 0.5}")
+    folder = run(recipe(*words, "fbs={densities: [0.5], everywhere: true}"), tmp_path / "run")
+    (gates,) = rows(folder, "gates")
+    assert gates["sharing"] == ["2.bn1", "3.bn1", "4"]
+    quality, _ = evaluate(open_model(folder / "gated.safetensors"))
+    (measured,) = rows(folder, "measure")
+    found = {row["name"]: row for row in measured["measurements"]["gated"]}
+    assert quality.figures()["top1"] == found["test top1"]["value"]
 
 
 def test_gates_go_on_what_a_cut_left(tmp_path: Path) -> None:
@@ -171,11 +221,13 @@ def test_one_fall_of_the_rate_over_all_densities() -> None:
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("fbs.layers={nothing: 0.5}", "fbs.layers: 'nothing' names no convolution with a gate"),
+        ("fbs.layers={nothing: 0.5}", "fbs.layers: 'nothing' names no layer with a gate"),
         ("fbs.densities=[]", "fbs.densities"),
         ("fbs.densities=[0.5, 1.5]", "fbs.densities"),
         ("fbs.densitys=[0.5]", "did you mean 'densities'"),
         ("fbs.pooling=median", "fbs.pooling"),
+        ("fbs.threshold=global", "fbs.threshold"),
+        ("model={name: mlp}", "everywhere"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_written(override: str, told: str, tmp_path: Path) -> None:

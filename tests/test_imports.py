@@ -55,6 +55,7 @@ PARTS = {  # files that carry a part of one of the names above, or stand apart f
     "ship": "pipeline",
     "stages": "pipeline",
     "gating": "pipeline",
+    "choosing": "pipeline",
     "steering": "pipeline",
     "watching": "pipeline",
     "progressive": "pipeline",

@@ -7,9 +7,11 @@ import itertools
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 
 from gated_nets import lived
+from secateur.models.cifarnet import cifarnet
 from secateur.models.s0 import s0
 from secateur.runtime.gates import acting, gate, watch
 from secateur.runtime.gates.cost import meter
@@ -42,17 +44,27 @@ def chosen(model: nn.Module, *actions: int, samples: int = 3) -> dict[str, Tenso
     return {path: torch.full((samples,), action) for path, action in zip(steered(model), actions, strict=True)}
 
 
-def test_acceptance_18_actions() -> None:
-    plain, x = four(), torch.rand(3, 3, 8, 8)
+WHOLE = {  # the networks of the acceptance checks, and how many layers a controller decides about
+    "s0": (four, 8, 3),
+    "cifarnet": (lambda: lived(cifarnet(widths=[8, 8, 12, 12, 12, 16, 16, 16])), 32, 7),
+    "resnet18": (lambda: lived(torchvision.models.resnet18(num_classes=5)), 32, 19),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_acceptance_18_actions(name: str) -> None:
+    make, size, decided = WHOLE[name]
+    plain, x = make(), torch.rand(3, 3, size, size)
     model = gate(plain, None, x).model
     count = meter(model, x)
     keys = list(model.state_dict())
-    assert len(steered(model)) == 3
-    with acting(model, chosen(model, 4, 4, 4)):
-        torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
+    assert len(steered(model)) == decided
+    close = {"rtol": 1e-4, "atol": 1e-5 * max(1.0, float(plain(x).detach().abs().max()))}
+    with acting(model, chosen(model, *[4] * decided)):
+        torch.testing.assert_close(model(x), plain(x), **close)
     spent = []
     for action in range(1, 5):
-        with acting(model, chosen(model, action, action, action)), watch(model) as choices:
+        with acting(model, chosen(model, *[action] * decided)), watch(model) as choices:
             model(x)
         spent.append(count(choices, 3)[0].item())
         for path in steered(model):
@@ -65,8 +77,8 @@ def test_acceptance_18_actions() -> None:
         together = model(x)
         for sample in range(3):
             with acting(model, {path: action[sample : sample + 1] for path, action in mixed.items()}):
-                torch.testing.assert_close(model(x[sample : sample + 1]), together[sample : sample + 1])
-    torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)  # nothing is left of the masks
+                torch.testing.assert_close(model(x[sample : sample + 1]), together[sample : sample + 1], **close)
+    torch.testing.assert_close(model(x), plain(x), **close)  # nothing is left of the masks
     assert list(model.state_dict()) == keys
 
 

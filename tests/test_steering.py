@@ -57,8 +57,14 @@ def test_a_run_trains_in_rounds_and_ships_network_and_controller(done: Path) -> 
     found = {row["name"]: row for row in measured["measurements"]["gated"]}
     assert found["macs"]["value"] < meter(model, torch.rand(1, 1, 8, 8)).dense
     assert evaluate(open_model(done / "gated.safetensors"))[0].figures()["top1"] == found["test top1"]["value"]
+    (choices,) = rows(done, "choices")
+    assert choices["mean"] == pytest.approx(found["macs"]["value"])
+    assert choices["dense"] == gates["macs"]
+    assert [layer["path"] for layer in choices["layers"]] == [row["path"] for row in gates["gated"]]
+    assert all(sum(layer["actions"]) == pytest.approx(1, abs=2e-3) for layer in choices["layers"])
     page = (done / "report.html").read_text()
     assert "At run time" in page
+    assert "How many channels the images compute" in page
     assert not (done / "ungated.safetensors").exists()
 
 

@@ -26,7 +26,7 @@ from secateur.runtime.gates.cost import meter
 from secateur.sections import Fbs
 from secateur.session import Run, passport
 from secateur.train.loop import Guide, Point, fit
-from secateur.types import RecipeError, SecateurError
+from secateur.types import PlanError, RecipeError, SecateurError
 from secateur.watching import Out, watched
 
 ON, ALONE, LOWER = "gates", "gates alone", "density"
@@ -42,12 +42,15 @@ def stages(run: Run) -> list[tuple[str, int]]:
 
 
 def wrapped(fbs: Fbs, model: nn.Module, example: torch.Tensor) -> Gating:
-    """Return ``model`` with gates that compute everything; raises ``RecipeError`` for a pattern without a layer."""
-    gating = gate(model, 1.0, example, pooling=fbs.pooling)
+    """Return ``model`` with gates that compute everything; raises ``RecipeError`` where there is no layer for them."""
+    try:
+        gating = gate(model, 1.0, example, everywhere=fbs.everywhere, pooling=fbs.pooling, threshold=fbs.threshold)
+    except PlanError as error:
+        raise RecipeError(f"fbs: {error}") from error
     for pattern in fbs.layers:
         if not any(fnmatchcase(path, pattern) for path in gating.gated):
             raise RecipeError(
-                f"fbs.layers: {pattern!r} names no convolution with a gate; there are {', '.join(gating.gated)}."
+                f"fbs.layers: {pattern!r} names no layer with a gate; there are {', '.join(gating.gated)}."
             )
     return gating
 
@@ -82,8 +85,9 @@ def noted(run: Run, gating: Gating, macs: float, **more: Any) -> None:
     """Record and tell what has gates now, and why the rest has none; ``macs`` of one image when all is computed."""
     rows = [{"path": layer.conv, "norm": layer.norm} for layer in layers(gating.model)]
     dense = [{"path": path, "why": why} for path, why in gating.dense]
-    run.log.append("gates", macs=macs, gated=rows, dense=dense, **more)
-    run.screen.line(f"gates on {len(rows)} convolutions, {len(gating.dense)} are computed whole")
+    run.log.append("gates", macs=macs, gated=rows, dense=dense, sharing=list(gating.sharing), **more)
+    shared = f", {len(gating.sharing)} share their masks" if gating.sharing else ""
+    run.screen.line(f"gates on {len(rows)} layers{shared}, {len(gating.dense)} are computed whole")
     for path, why in gating.dense:
         run.screen.line(f"no gate on {path}: {why}")
 

@@ -78,9 +78,23 @@ def picture(rows: Sequence[torch.Tensor]) -> tuple[bytes, tuple[int, int]]:
     _, channels, height, width = lines[0].shape
     sheet = np.full((len(lines) * (height + GAP) - GAP, SHOWN * (width + GAP) - GAP, channels), 255, np.uint8)
     for down, line in enumerate(lines):
-        for across, image in enumerate(line.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()):
+        for across, image in enumerate(_bytes(line)):
             top, left = down * (height + GAP), across * (width + GAP)
             sheet[top : top + height, left : left + width] = image
+    return _png(sheet), (sheet.shape[1], sheet.shape[0])
+
+
+def embedded(image: torch.Tensor) -> str:
+    """Return one image (1 or 3, height, width) in [0, 1] as a PNG in base64, for a page that needs no other file."""
+    return base64.b64encode(_png(_bytes(image[None])[0])).decode()
+
+
+def _bytes(images: torch.Tensor) -> np.ndarray:
+    """Return images (n, channels, height, width) in [0, 1] as bytes (n, height, width, channels)."""
+    return images.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _png(sheet: np.ndarray) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(sheet[:, :, 0] if channels == 1 else sheet).save(file, "PNG", optimize=True)
-    return file.getvalue(), (sheet.shape[1], sheet.shape[0])
+    Image.fromarray(sheet[:, :, 0] if sheet.shape[2] == 1 else sheet).save(file, "PNG", optimize=True)
+    return file.getvalue()

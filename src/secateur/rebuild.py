@@ -8,7 +8,6 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -129,19 +128,17 @@ def gates_of(model: nn.Module) -> tuple[nn.Module, tuple[dict[str, Any], ...], d
     runtime = importlib.import_module("secateur.runtime.gates")
     steering = model.controller.sizes if isinstance(model, runtime.Steered) else None
     inner = model.model if isinstance(model, runtime.Steered) else model
-    return inner, tuple(asdict(layer) for layer in runtime.layers(inner)), steering
+    return inner, runtime.rows(inner), steering
 
 
 def gated(header: Header, model: nn.Module) -> nn.Module:
     """Return the model with the gates of the header on it (``model`` itself is changed), unless it has them."""
     runtime = importlib.import_module("secateur.runtime.gates")
     try:
-        rows = tuple(runtime.Layer.of(row) for row in header.gates)
         inner = model.model if isinstance(model, runtime.Steered) else model
         with torch.random.fork_rng(devices=[]):
             if not runtime.layers(inner):
-                for row in rows:
-                    runtime.put_(inner, row)
+                runtime.restore_(inner, header.gates)
             if header.steering is not None and inner is model:
                 return runtime.Steered.of(model, header.steering)
         return model

@@ -279,7 +279,7 @@ class Recover(Section):
 
 
 class Fbs(Section):
-    """Feature boosting and suppression: each input computes a part of the channels of each convolution."""
+    """Feature boosting and suppression: each input computes a part of the channels of each gated layer."""
 
     densities: Annotated[
         tuple[Fraction, ...],
@@ -290,9 +290,13 @@ class Fbs(Section):
     load: str | None = None
     """a gated.safetensors of this network with weights to begin with (set train.epochs to 0)"""
     layers: dict[str, Fraction] = {}
-    """module name pattern -> density of its convolutions, in place of densities (1: their gates only boost)"""
+    """module name pattern -> density of its layers, in place of densities (1: their gates only boost)"""
+    everywhere: bool = False
+    """gates wherever a plan would cut (linear layers, bottlenecks, shared masks); false: Conv-BN-activation chains"""
     pooling: Literal["avg", "l1", "l2", "max"] = "l1"
     """what a predictor sees of each input channel; avg says little of signed inputs"""
+    threshold: Literal["local", "online"] = "online"
+    """online: exactly the largest saliencies; local: those above a running threshold, cheaper, on average as many"""
     penalty: NotNegative = 1e-8
     """weight of the L1 norm of the saliencies, mean over the images"""
     alone: Annotated[int, Field(ge=0)] = 0

@@ -23,7 +23,16 @@ from secateur.train.loop import Point
 from secateur.train.resume import State, atomic_write, read_state, write_state
 from secateur.types import CheckpointError
 
-LATER = {"name", "out", "prune", "recover", "fbs", "rnp", "measure", "track"}  # what the dense training does not depend on
+LATER = {
+    "name",
+    "out",
+    "prune",
+    "recover",
+    "fbs",
+    "rnp",
+    "measure",
+    "track",
+}  # what the dense training does not depend on
 TOLD = ("epoch", "dense")  # the records of a dense training
 
 

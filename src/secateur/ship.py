@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur import gating, steering
+from secateur import choosing, gating, steering
 from secateur.checkpoint import save
 from secateur.folder import DENSE, GATED, PLAN, PROOF, PRUNED, RECORDS, REPORT
 from secateur.masking import compacted, proved, told, unmasked
@@ -98,7 +98,7 @@ def _gated(run: Run, model: nn.Module) -> list[Measurement]:
     """Return quality and multiply-accumulates of the gated model, per density of its schedule and of its end."""
     device = describe(run.example.device)
     found = [row for part in ("validation", "test") for row in run.quality(model, part).measurements(device, part)]
-    counted = gating.spent(run, model, "test")
+    counted = choosing.tell(run, model).macs
     how = "counted per image from the choices of the gates, mean over the test images; predictors not counted"
     params = sum(parameter.numel() for parameter in model.parameters())
     return [

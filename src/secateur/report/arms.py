@@ -15,23 +15,28 @@ from secateur.report.metrics import of_measured
 from secateur.types import Record, SecateurError
 
 DENSE, WHOLE, PRUNED, RANDOM, SCRATCH = "dense", "not pruned", "pruned", "random control", "from scratch"
-ROLES = (DENSE, WHOLE, PRUNED, RANDOM, SCRATCH)
+GATED = "gated"
+ROLES = (DENSE, WHOLE, PRUNED, GATED, RANDOM, SCRATCH)
+GATES = ("fbs", "rnp")  # sections of a recipe whose run ends with a model that chooses for each image
 LABELS = ("name", "out", "seed", "track", "prune.criterion.args.seed")  # what does not make another experiment
-AFTER = ("prune", "recover", "measure")  # what does not make another dense model
+AFTER = ("prune", "recover", "measure", *GATES)  # what does not make another dense model
 
 Key = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one finished run measured: quantity -> value, of the dense and of the pruned model."""
+    """What one finished run measured: quantity -> value, of the dense and of the final model.
+
+    The final model is the pruned one, or that with gates; the multiply-accumulates of gates are means over images.
+    """
 
     folder: str
     recipe: Mapping[str, Any]
     hash: str
     where: str
     dense: Mapping[str, float]
-    pruned: Mapping[str, float]
+    final: Mapping[str, float]
     units: Mapping[str, str]
     course: Course = NEVER
 
@@ -108,9 +113,9 @@ def _comparable(
     outcomes: Sequence[Outcome], accuracy: str, notes: Sequence[str]
 ) -> tuple[Sequence[Outcome], Sequence[str]]:
     """Return the runs that measured ``accuracy``, and notes that name the others: runs of another task."""
-    other = [one.folder for one in outcomes if accuracy not in one.pruned]
+    other = [one.folder for one in outcomes if accuracy not in one.final]
     said = [*notes, f"Left out, without {accuracy}: {', '.join(other)}."] if other else notes
-    return [one for one in outcomes if accuracy in one.pruned], said
+    return [one for one in outcomes if accuracy in one.final], said
 
 
 def _batch(name: str) -> int:
@@ -127,8 +132,9 @@ def outcome(records: Sequence[Record], folder: str) -> Outcome | None:
     units = {m["name"]: m["unit"] for rows in measured.values() for m in rows}
     threads = f", {run['threads']} thread{'s' if run['threads'] != 1 else ''}" if run["device"] == "cpu" else ""
     where = f"{run['device']}{threads}"
-    way = course(records, anew=role(run["recipe"]) == SCRATCH)
-    return Outcome(folder, run["recipe"], run["hash"], where, values["dense"], values["pruned"], units, way)
+    way = course(records, anew=run["recipe"].get("recover", {}).get("name") == "scratch")
+    final = values.get("gated", values["pruned"])
+    return Outcome(folder, run["recipe"], run["hash"], where, values["dense"], final, units, way)
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -155,10 +161,13 @@ def _key(recipe: Mapping[str, Any], without: Sequence[str] = ()) -> Key:
 
 
 def role(recipe: Mapping[str, Any]) -> str:
-    """Return what a run is in a comparison: pruned, the random control, the from-scratch baseline, or not pruned.
+    """Return what a run is in a comparison: pruned, gated, a random control, a from-scratch baseline, or not pruned.
 
-    The last is a training of the schedule ``during`` whose events take nothing, or a budget that keeps all.
+    The last is a training of the schedule ``during`` whose events take nothing, or a budget that keeps all.  What has
+    gates is gated, however it was made before.
     """
+    if any(recipe.get(section) for section in GATES):
+        return GATED
     if recipe.get("recover", {}).get("name") == "scratch":
         return SCRATCH
     when = recipe["prune"].get("schedule", {})
@@ -210,6 +219,10 @@ def _labels(groups: Mapping[Key, Sequence[Outcome]]) -> dict[Key, str]:
     if len(groups) > 1 and len(set().union(*names.values())) == sum(map(len, names.values())) == len(groups):
         return {key: next(iter(found)) for key, found in names.items()}
     shared = set.intersection(*(set(key) for key in groups)) if len(groups) > 1 else set()
+    for section in GATES:  # where only some have gates, these differ by what is different among them
+        own = [{(k, v) for k, v in key if k.startswith(f"{section}.")} for key in groups]
+        with_gates = [rows for rows in own if rows]
+        shared |= set.intersection(*with_gates) if len(with_gates) > 1 else set()
     found = {}
     for key in groups:
         parts = [f"{'.'.join(k.split('.')[-2:])}={v.strip(chr(39))}" for k, v in key if (k, v) not in shared]
@@ -223,7 +236,7 @@ def _values(runs: Sequence[Outcome], dense: bool = False) -> dict[str, Value]:
 
     The dense model does not know the seed of the criterion.
     """
-    rows = [(one.seed[0] if dense else one.seed, one.dense if dense else one.pruned) for one in runs]
+    rows = [(one.seed[0] if dense else one.seed, one.dense if dense else one.final) for one in runs]
     names = dict.fromkeys(name for _, values in rows for name in values)
     return {name: over_seeds([(seed, values[name]) for seed, values in rows if name in values]) for name in names}
 
@@ -254,8 +267,8 @@ def _gains(runs: Sequence[Outcome], outcomes: Sequence[Outcome], accuracy: str) 
             continue
         known: dict[Any, list[float]] = {}
         for one in control:
-            known.setdefault(one.seed[0], []).append(one.pruned[accuracy])
-        pairs = [(one.seed[0], one.pruned[accuracy]) for one in runs if one.seed[0] in known]
+            known.setdefault(one.seed[0], []).append(one.final[accuracy])
+        pairs = [(one.seed[0], one.final[accuracy]) for one in runs if one.seed[0] in known]
         if pairs:
             gains[kind] = over_seeds([(seed, value - statistics.fmean(known[seed])) for seed, value in pairs])
     return gains
@@ -290,12 +303,17 @@ def _warnings(outcomes: Sequence[Outcome], arms: Sequence[Arm], unfinished: Sequ
     ):
         lacking = [arm.label for arm in arms if arm.role == PRUNED and kind not in arm.gains]
         some = any(arm.role == kind for arm in arms)
-        if not some:
+        if lacking and not some:
             notes.append(f"No {kind} run is among these ({how}): nothing says what the choice of units is worth.")
             if kind == SCRATCH:
                 notes[-1] = f"No {kind} run is among these ({how}): nothing says what the trained weights are worth."
         elif lacking:
             notes.append(f"No {kind} run of equal recipe and seed ({how}) for: {'; '.join(lacking)}.")
+    if any(arm.role == GATED for arm in arms):
+        notes.append(
+            "MACs of gated rows are means over the test images, without the predictors of FBS. These rows have no "
+            "latency: the masks of training compute everything; benchmarks/engine.py measures the engine."
+        )
     single = [arm.label for arm in arms if arm.role != DENSE and all(value.n == 1 for value in arm.values.values())]
     if single:
         notes.append(f"One seed only, so no spread: {'; '.join(single)}.")

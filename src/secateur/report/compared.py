@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 from secateur.report import template
-from secateur.report.arms import DENSE, PRUNED, RANDOM, SCRATCH, WHOLE, Arm, Comparison, Value
+from secateur.report.arms import DENSE, GATED, PRUNED, RANDOM, SCRATCH, WHOLE, Arm, Comparison, Value
 from secateur.report.metrics import TASKS
 from secateur.report.over_epochs import over_epochs
 from secateur.report.scatter import Point, scatter
 from secateur.report.view import NAMES, number
 
-CSS = {DENSE: "dense", WHOLE: "whole", PRUNED: "pruned", RANDOM: "random", SCRATCH: "scratch"}
+CSS = {DENSE: "dense", WHOLE: "whole", PRUNED: "pruned", GATED: "gated", RANDOM: "random", SCRATCH: "scratch"}
 FRONT = "*"
 JUDGED = tuple(metric.measured for metric in TASKS.values())
 
@@ -147,8 +147,8 @@ def _runs(comparison: Comparison) -> list[dict[str, Any]]:
             "seed": one.recipe.get("seed"),
             "hash": one.hash,
             "where": one.where,
-            "accuracy": number(one.pruned[comparison.accuracy], comparison.units[comparison.accuracy])
-            if comparison.accuracy in one.pruned
+            "accuracy": number(one.final[comparison.accuracy], comparison.units[comparison.accuracy])
+            if comparison.accuracy in one.final
             else "",
         }
         for one in comparison.outcomes

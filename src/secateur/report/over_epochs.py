@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from secateur.report.arms import DENSE, PRUNED, RANDOM, SCRATCH, WHOLE, Arm, Comparison, Outcome, over_seeds
+from secateur.report.arms import DENSE, GATED, PRUNED, RANDOM, SCRATCH, WHOLE, Arm, Comparison, Outcome, over_seeds
 from secateur.report.course import Course
 from secateur.report.figures import Mark
 from secateur.report.metrics import named
@@ -15,6 +15,7 @@ from secateur.report.strands import Dot, Scale, Strand, dashes, figure, steps
 COLOURS = {  # classes of style.css; the first of a role has its colour in the other figures
     WHOLE: ("grey", "slate"),
     PRUNED: ("blue", "green", "teal", "gold", "pink"),
+    GATED: ("magenta", "olive"),
     RANDOM: ("orange", "brown"),
     SCRATCH: ("purple", "violet"),
 }

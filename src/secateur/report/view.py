@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from secateur.report.choices import choices
 from secateur.report.figures import Line, Mark, chart
 from secateur.report.metrics import of_task
 from secateur.types import Record
@@ -61,6 +62,7 @@ def view(records: Sequence[Record]) -> dict[str, Any]:
         "dense": _last(stages, "dense"),
         "folded": _last(stages, "folded"),
         "gates": _last(stages, "gates"),
+        "choices": choices(_last(stages, "choices"), _last(stages, "data").get("classes", ())),
         "dials": _dials(stages.get("gated", []), measure),
         "at_run_time": {row["name"]: row for row in measure.get("measurements", {}).get("gated", [])},
         "proof": [row for cut in cuts for row in cut["proof"]],

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.runtime.gates import FBS, Gated, Steered
+from secateur.runtime.gates import FBS, Follower, Gated, Steered
 
 
 @torch.no_grad()
@@ -27,13 +27,17 @@ def plain(model: nn.Module) -> nn.Module:
     for path, layer in [(path, module) for path, module in model.named_modules() if isinstance(module, Gated)]:
         gate: Any = layer.gate
         scale: torch.Tensor = gate.predictor.bias.relu() if isinstance(gate, FBS) else gate.gain
-        conv, norm, shift = layer.conv, layer.norm, layer.shift * scale
-        if isinstance(norm, nn.BatchNorm2d):
-            whole = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum).to(conv.weight).train(norm.training)
+        producer: Any = layer.conv
+        norm: Any = layer.norm
+        shift = layer.shift * scale
+        if layer.took:
+            whole = type(norm)(norm.num_features, norm.eps, norm.momentum).to(producer.weight).train(norm.training)
             whole.load_state_dict({"weight": scale, "bias": shift, **norm.state_dict()})
             model.set_submodule(layer.took, whole)
         else:
-            conv.weight.mul_(scale[:, None, None, None])
-            conv.bias = nn.Parameter(shift if conv.bias is None else conv.bias * scale + shift)
-        model.set_submodule(path, conv)
+            producer.weight.mul_(scale.reshape(-1, *[1] * (producer.weight.dim() - 1)))
+            producer.bias = nn.Parameter(shift if producer.bias is None else producer.bias * scale + shift)
+        model.set_submodule(path, producer)
+    for path, follower in [(path, module) for path, module in model.named_modules() if isinstance(module, Follower)]:
+        model.set_submodule(path, follower.layer)
     return model

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from secateur.graph.trace import Op, Recording, Ref, inputs_of, record
-from secateur.runtime.gates import FBS, Gated
+from secateur.runtime.gates import FBS, Follower, Gated
 from secateur.types import EngineError
 
 
@@ -103,6 +103,9 @@ def read(model: nn.Module, example: Any) -> Program:
     if len(rec.outputs) != 1:
         raise EngineError(f"the network must give one tensor; it gives {len(rec.outputs)}.")
     reading = _Reading(model, rec)
+    sharing = next((path for path, module in model.named_modules() if isinstance(module, Follower)), None)
+    if sharing is not None:
+        raise EngineError(f"{sharing!r} shares the mask of gates before it, which the engine does not know.")
     gates = {path: module for path, module in model.named_modules() if isinstance(module, Gated)}
     needed = _needed(rec, ops)
     for number, op in enumerate(ops):
@@ -166,8 +169,15 @@ def _gated(reading: _Reading, path: str, layer: Gated, last: Op) -> None:
 
 
 def gated_node(path: str, layer: Gated, source: int, out: int) -> Node:
-    """Return a gated layer as a node; raises ``EngineError`` for a padding that differs from side to side."""
-    conv, norm = layer.conv, layer.norm
+    """Return a gated layer as a node; raises ``EngineError`` for padding that differs by side and for other gates."""
+    conv: Any = layer.conv
+    norm = layer.norm
+    if not isinstance(conv, nn.Conv2d):
+        raise EngineError(f"the gate at {path!r} is on a {type(conv).__name__}; the engine runs gates on nn.Conv2d.")
+    if isinstance(layer.gate, FBS) and layer.gate.threshold != "online":
+        raise EngineError(f"the gate at {path!r} has a running threshold; the engine selects exactly k winners.")
+    if layer.board is not None:
+        raise EngineError(f"other layers share the mask of the gate at {path!r}, which the engine does not know.")
     stats = (None, None, norm.running_mean, norm.running_var) if isinstance(norm, nn.BatchNorm2d) else (None,) * 4
     scale, shift = _norm(conv.bias, stats, getattr(norm, "eps", 0.0), conv.weight)
     geometry = {"stride": _pair(conv.stride), "dilation": _pair(conv.dilation), "groups": conv.groups}

@@ -18,7 +18,7 @@ class Choice(NamedTuple):
 
 
 class Gate(nn.Module):
-    """Base of all gates: a module that maps the input of a convolution (B, C_in, H, W) to a ``Choice``."""
+    """Base of all gates: a module that maps the input of a layer (B, C_in, ...) to a ``Choice``."""
 
     def forward(self, x: torch.Tensor) -> Choice:
         """Return the decision for each sample of ``x``."""

@@ -1,14 +1,14 @@
 """Multiply-accumulates of a gated model per sample: which channels of each operand the gates have computed.
 
-A channel that a gate skips is exactly zero.  It stays zero through ReLU, pooling and dropout, is skipped in a sum
-only where every summand skips it, and keeps its place in a concatenation.  The recorded run says how the maps flow;
-the choices of the gates, one mask per layer and sample, say what was computed.
+A channel that a gate skips is exactly zero.  It stays zero through activations, pooling and dropout, is skipped in
+a sum only where every summand skips it, and keeps its place in a concatenation.  The recorded run says how the maps
+flow; the choices of the gates, one mask per layer and sample, say what was computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,50 +16,11 @@ from torch import Tensor, nn
 
 from secateur.graph.trace import Op, Recording, Ref, inputs_of, record
 from secateur.runtime.gates.choice import Choice
+from secateur.runtime.gates.flows import Flow
+from secateur.runtime.gates.follow import Follower
 from secateur.runtime.gates.gated import Gated
-from secateur.runtime.gates.wrap import ADD
-
-ZERO_STAYS = """
-    relu relu_ relu6 hardtanh hardtanh_ leaky_relu leaky_relu_ silu silu_ gelu elu elu_ tanh tanh_ hardswish hardswish_
-    dropout native_dropout clone detach alias _to_copy contiguous max_pool2d_with_indices max_pool2d avg_pool2d
-    _adaptive_avg_pool2d adaptive_max_pool2d mean.dim
-"""
-STILL = frozenset(f"aten::{name}" for name in ZERO_STAYS.split())  # f(0) = 0, each channel for itself
-PRODUCTS = ("aten::addmm", "aten::mm", "aten::linear", "aten::bmm")
-SHAPED = ("aten::view", "aten::_unsafe_view", "aten::reshape", "aten::flatten.using_ints")
-
-
-@dataclass(frozen=True)
-class Flow:
-    """Where the channels of a map come from: ``gate`` (a path), ``full``, ``sum``, ``cat`` or ``spread`` (flattened).
-
-    ``units`` is the number of channels, ``parts`` the flows it is made of.
-    """
-
-    kind: str
-    units: int
-    gate: str = ""
-    parts: tuple[Flow, ...] = ()
-
-    def mask(self, choices: Mapping[str, Choice], samples: int) -> Tensor | None:
-        """Return what is computed, bool (samples, units); None stands for everything."""
-        if self.kind == "full" or (self.kind == "gate" and self.gate not in choices):
-            return None
-        if self.kind == "gate":
-            return choices[self.gate].mask
-        masks = [part.mask(choices, samples) for part in self.parts]
-        known = [mask for mask in masks if mask is not None]
-        if not known or (self.kind == "sum" and len(known) < len(masks)):
-            return None
-        if self.kind == "sum":
-            return torch.stack(known).any(0)
-        if self.kind == "spread":
-            return known[0].repeat_interleave(self.units // known[0].shape[1], 1)
-        whole = [
-            known[0].new_ones(samples, part.units) if mask is None else mask
-            for part, mask in zip(self.parts, masks, strict=True)
-        ]
-        return torch.cat(whole, 1)
+from secateur.runtime.gates.passing import Held, passed
+from secateur.runtime.gates.sites import CONVOLUTION, Scene, depthwise
 
 
 @dataclass(frozen=True)
@@ -89,9 +50,10 @@ class Meter:
 
     def of(self, choices: Mapping[str, Choice], samples: int) -> dict[str, Tensor]:
         """Return for each layer the multiply-accumulates of each sample, path -> float64 (samples,)."""
+        masks = {path: choice.mask for path, choice in choices.items()}
         found: dict[str, Tensor] = {}
         for term in self.terms:  # a layer may run several times
-            found[term.path] = found.get(term.path, 0) + _count(term, choices, samples)
+            found[term.path] = found.get(term.path, 0) + _count(term, masks, samples)
         return found
 
     def __call__(self, choices: Mapping[str, Choice], samples: int) -> Tensor:
@@ -116,78 +78,86 @@ def meter(model: nn.Module, example: Any) -> Meter:
     """
     args, kwargs = inputs_of(example)
     rec = record(model, args, kwargs)
-    gates = {path: module.conv.out_channels for path, module in model.named_modules() if isinstance(module, Gated)}
-    flows: dict[int, Flow] = {}
+    scene = Scene.of(model, rec, everywhere=True)
+    owners = {path: module for path, module in model.named_modules() if isinstance(module, Gated | Follower)}
+    inside = [_owner(op, owners) for op in scene.ops]
+    ends = {path: number for number, path in enumerate(inside) if path}
+    counted = {id(op) for op in scene.weighted}
+    held: dict[int, Held] = {}
     terms: list[Term] = []
-    batch = next((rec.values[i[0]].shape[0] for at in rec.inputs.values() for i in at if i and i[0] is not None), 1)
-    for op in rec.ops[: rec.eval_ops or None]:
-        out = op.outs[0] if op.outs else None
-        if out is None:
-            continue
-        owner = next((path for path in gates if f"{op.module}.".startswith(f"{path}.")), None)
-        inner = None if owner is None else Flow("gate", gates[owner], owner)  # from its convolution on
-        term = _term(rec, op, out, flows, batch) if inner is None or op.module == f"{owner}.conv" else None
-        if term is not None and owner is not None and inner is not None:
-            term = replace(term, path=owner, after=inner)
-        if term is not None:
-            terms.append(term)
-        flows[out] = inner or (_flow(rec, op, out, flows) if term is None else term.after)
+    for number, (op, path) in enumerate(zip(scene.ops, inside, strict=True)):
+        owner = owners.get(path)
+        if owner is None or op.module.startswith(f"{path}.{'conv' if isinstance(owner, Gated) else 'layer'}"):
+            term = _term(scene, op, held) if id(op) in counted else None
+            terms += [] if term is None else [_owned(term, path, owner)]
+            held |= _made(rec, op, held, term)
+        if number == ends.get(path) and owner is not None:
+            held |= _on(rec, op, _flow_of(path, owner), _axis(owner))
     return Meter(tuple(terms))
 
 
-def _term(rec: Recording, op: Op, out: int, flows: Mapping[int, Flow], batch: int) -> Term | None:
-    """Return the cost of a convolution or of a product with a weight; None for other operators."""
-    shape = rec.values[out].shape
+def _owner(op: Op, owners: Mapping[str, nn.Module]) -> str:
+    """Return the path of the gated or following layer that ``op`` runs in, "" for none."""
+    return next((path for path in owners if f"{op.module}.".startswith(f"{path}.")), "")
+
+
+def _flow_of(path: str, owner: nn.Module) -> Flow:
+    return owner.flow if isinstance(owner, Follower) else Flow.of(path, owner.units)  # type: ignore[arg-type, return-value]
+
+
+def _axis(owner: nn.Module) -> int:
+    return -1 if isinstance(owner, Gated) and isinstance(owner.conv, nn.Linear) else 1
+
+
+def _owned(term: Term, path: str, owner: nn.Module | None) -> Term:
+    """Return ``term`` under the path of its owner, with what the owner decides about its outputs."""
+    return term if owner is None else Term(path, term.scale, term.before, _flow_of(path, owner), term.groups)
+
+
+def _on(rec: Recording, op: Op, flow: Flow, axis: int) -> dict[int, Held]:
+    out = op.outs[0] if op.outs else None
+    one = None if out is None else Held.on(flow, len(rec.values[out].shape), axis)
+    return {} if one is None or out is None else {out: one}
+
+
+def _made(rec: Recording, op: Op, held: Mapping[int, Held], term: Term | None) -> dict[int, Held]:
+    """Return what is known of the results of ``op``: a depthwise convolution without bias passes zeros on."""
+    if term is None:
+        return passed(rec, op, held)
+    return _on(rec, op, term.after, 1)
+
+
+def _term(scene: Scene, op: Op, held: Mapping[int, Held]) -> Term | None:
+    """Return the cost of a convolution or of a product with a weight."""
+    rec, out = scene.rec, op.outs[0]
     refs = [arg.value for arg in op.args if isinstance(arg, Ref)]
-    if op.target == "aten::convolution":
+    if out is None:
+        return None
+    shape = rec.values[out].shape
+    if op.target == CONVOLUTION:
         source, weight = rec.values[refs[0]].shape, rec.values[refs[1]].shape
         groups, turned = op.args[8], op.args[6]
         places = source if turned else shape
         scale = float(torch.Size(weight[2:]).numel() * torch.Size(places[2:]).numel())
-        known = flows.get(refs[0], Flow("full", source[1]))
-        depthwise = groups > 1 and groups == source[1] == shape[1]
-        made = known if depthwise else Flow("full", shape[1])  # a skipped input gives a skipped output
+        known = _along(held, refs[0], 1, source[1])
+        follows = depthwise(scene, op) and op.args[2] is None  # a skipped input gives a skipped output
+        made = known.pick(torch.arange(shape[1]) // (shape[1] // source[1])) if follows else Flow.whole(shape[1])
         return Term(op.module, scale, known, made, groups)
-    if op.target in PRODUCTS:
-        source = refs[1] if op.target == "aten::addmm" else refs[0]
-        if not op.module or not any(rec.values[ref].origin == "parameter" for ref in _ancestors(rec, refs)):
-            return None
-        known = flows.get(source, Flow("full", rec.values[source].shape[-1]))
-        return Term(op.module, torch.Size(shape[:-1]).numel() / batch, known, Flow("full", shape[-1]))
-    return None
+    at = refs[1] if op.target in ("aten::addmm", "aten::baddbmm") else refs[0]
+    known = _along(held, at, -1, rec.values[at].shape[-1])
+    return Term(op.module, torch.Size(shape[:-1]).numel() / scene.batch, known, Flow.whole(shape[-1]))
 
 
-def _ancestors(rec: Recording, refs: list[int]) -> list[int]:
-    """Return ``refs`` and what their transposes were made of: a weight is turned before a product."""
-    turned = {op.outs[0]: op.args[0].value for op in rec.ops if op.target in ("aten::t", "aten::transpose.int")}
-    return refs + [turned[ref] for ref in refs if ref in turned]
+def _along(held: Mapping[int, Held], value: int, axis: int, size: int) -> Flow:
+    """Return which units of an axis are computed."""
+    found = held[value].along(axis, size) if value in held else None
+    return Flow.whole(size) if found is None else found
 
 
-def _flow(rec: Recording, op: Op, out: int, flows: Mapping[int, Flow]) -> Flow:
-    """Return the flow of what ``op`` makes."""
-    shape = rec.values[out].shape
-    units = shape[1] if len(shape) > 1 else 1
-    full = Flow("full", units)
-    refs = [arg.value for arg in op.args if isinstance(arg, Ref)]
-    known = [flows.get(ref, Flow("full", rec.values[ref].shape[1])) for ref in refs if len(rec.values[ref].shape) > 1]
-    if op.target in STILL and known and known[0].units == units:
-        return known[0]
-    if op.target in ADD and len(known) == 2 and all(flow.units == units for flow in known):
-        return Flow("sum", units, parts=tuple(known))
-    if op.target == "aten::cat" and (len(op.args) < 2 or op.args[1] in (1, 1 - len(shape))):
-        parts = [arg.value for arg in op.args[0] if isinstance(arg, Ref)]
-        flowing = tuple(flows.get(part, Flow("full", rec.values[part].shape[1])) for part in parts)
-        return Flow("cat", units, parts=flowing) if sum(f.units for f in flowing) == units else full
-    if op.target in SHAPED and known and len(rec.values[refs[0]].shape) == 4 and len(shape) == 2:
-        same = known[0].units and units % known[0].units == 0 and shape[0] == rec.values[refs[0]].shape[0]
-        return Flow("spread", units, parts=(known[0],)) if same else full
-    return full
-
-
-def _count(term: Term, choices: Mapping[str, Choice], samples: int) -> Tensor:
+def _count(term: Term, masks: Mapping[str, Tensor], samples: int) -> Tensor:
     sides = []
     for flow in (term.before, term.after):
-        mask = flow.mask(choices, samples)
+        mask = flow.mask(masks, samples)
         mask = torch.ones(samples, flow.units, dtype=torch.bool) if mask is None else mask.cpu()
         sides.append(mask.unflatten(1, (term.groups, -1)).sum(2).double())
     return term.scale * (sides[0] * sides[1]).sum(1)

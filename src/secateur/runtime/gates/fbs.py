@@ -13,6 +13,9 @@ from secateur.runtime.gates.choice import Choice, Gate
 from secateur.types import PlanError
 
 POOLINGS = ("l1", "avg", "max", "l2")
+THRESHOLDS = ("online", "local")
+DECAY = 0.9997  # of the running threshold, as the reference has it
+OPEN = -0.1  # a threshold below every saliency
 
 
 def quota(density: float, units: int) -> int:
@@ -27,14 +30,18 @@ def quota(density: float, units: int) -> int:
 
 
 def pooled(x: torch.Tensor, how: str) -> torch.Tensor:
-    """Return one number per channel, (B, C), of maps (B, C, H, W): ``l1`` is mean |x|, ``l2`` the root mean square.
+    """Return one number per channel, (B, C), of maps (B, C, ...): ``l1`` is mean |x|, ``l2`` the root mean square.
+
+    Of a vector (B, C) there is one number to pool: |x|, or x itself.
 
     >>> pooled(torch.tensor([[[[3.0, -4.0]]]]), "l1").item()
     3.5
     """
-    flat = x.flatten(2)
-    if how == "l1":  # a norm, because the backward of abs and mean takes a quarter of a training step
-        return torch.linalg.vector_norm(x, 1, (2, 3)) / flat.shape[2]
+    flat = x.flatten(2) if x.dim() > 2 else x[:, :, None]
+    if how == "l1" and x.dim() > 2:  # a norm, because the backward of abs and mean takes a quarter of a training step
+        return torch.linalg.vector_norm(x, 1, tuple(range(2, x.dim()))) / flat.shape[2]
+    if how == "l1":
+        return x.abs()
     if how == "avg":
         return flat.mean(2)
     if how == "max":
@@ -60,13 +67,31 @@ class FBS(Gate):
     ``ss`` pools each input channel to one number, ``predictor`` holds phi (its weight, transposed) and rho (its bias).
     The winners keep their saliency, which scales (boosts) their normalised output.  The selection itself has no
     gradient, the saliencies of winners do.  ``enabled = False`` gives every channel its rho and computes all.
+
+    ``threshold`` "online" selects exactly the k largest.  "local" is cheap and keeps the density on average only: it
+    computes what is above ``level``, the running mean of the (k + 1)-th largest saliency in training.  Departs from the
+    reference, whose mean starts at -0.1 with decay 0.9997 and follows a new density for thousands of steps: here it
+    starts at the first batch of each density, and the decay grows from 0.18 to that.
     """
 
-    def __init__(self, before: int, after: int, density: float = 1.0, pooling: str = "l1") -> None:
+    level: torch.Tensor
+    steps: torch.Tensor
+    steps_for: torch.Tensor
+
+    def __init__(
+        self, before: int, after: int, density: float = 1.0, pooling: str = "l1", threshold: str = "online"
+    ) -> None:
         super().__init__()
         if pooling not in POOLINGS:
             raise PlanError(f"pooling must be one of {', '.join(POOLINGS)}; got {pooling!r}.")
+        if threshold not in THRESHOLDS:
+            raise PlanError(f"threshold must be one of {', '.join(THRESHOLDS)}; got {threshold!r}.")
         quota(density, after)
+        self.threshold = threshold
+        if threshold == "local":
+            self.register_buffer("level", torch.tensor(OPEN))
+            self.register_buffer("steps", torch.tensor(0))
+            self.register_buffer("steps_for", torch.tensor(after))
         self.density = density
         self.pooling = pooling
         self.enabled = True
@@ -78,16 +103,30 @@ class FBS(Gate):
         return quota(self.density, self.predictor.out_features) if self.enabled else self.predictor.out_features
 
     def forward(self, x: torch.Tensor) -> Choice:
-        """Return the saliencies and exactly ``k`` winners for each sample of ``x`` (B, C_in, H, W)."""
+        """Return the saliencies and the winners, exactly ``k`` ("online"), for each sample of ``x`` (B, C_in, ...)."""
         if not self.enabled:
             saliency = self.predictor.bias.relu().expand(len(x), -1)
             return Choice(saliency, torch.ones_like(saliency, dtype=torch.bool))
         saliency = self.predictor(pooled(x, self.pooling)).relu()
-        return Choice(saliency, winners(saliency, self.k))
+        if self.threshold == "online" or self.k == saliency.shape[1]:
+            return Choice(saliency, winners(saliency, self.k))
+        if self.training:
+            self._follow(saliency.detach())
+        return Choice(saliency, saliency > self.level)
+
+    def _follow(self, saliency: torch.Tensor) -> None:
+        """Move ``level`` towards the mean over ``saliency`` (B, C) of the (k + 1)-th largest."""
+        seen = saliency.topk(self.k + 1, dim=1).values[:, -1].mean()
+        self.steps *= self.steps_for == self.k
+        self.steps_for.fill_(self.k)
+        decay = ((1 + self.steps) / (10 + self.steps)).clamp_max(DECAY).to(seen)
+        self.level.copy_(torch.where(self.steps > 0, decay * self.level + (1 - decay) * seen, seen))
+        self.steps += 1
 
     def extra_repr(self) -> str:
-        """Density and pooling, for ``print(model)``."""
-        return f"density={self.density}, pooling={self.pooling!r}"
+        """Density, pooling and a threshold that runs, for ``print(model)``."""
+        more = "" if self.threshold == "online" else f", threshold={self.threshold!r}"
+        return f"density={self.density}, pooling={self.pooling!r}{more}"
 
 
 def penalty(choices: Mapping[str, Choice]) -> torch.Tensor:

@@ -36,7 +36,7 @@ class Prefix(Gate):
         return [-(-action * after // self.groups) for action in range(1, self.groups + 1)]
 
     def forward(self, x: torch.Tensor) -> Choice:
-        """Return the gains and the prefix of each sample of ``x`` (B, C_in, H, W)."""
+        """Return the gains and the prefix of each sample of ``x`` (B, C_in, ...)."""
         saliency = self.gain.expand(len(x), -1)
         if self.policy is None:
             return Choice(saliency, torch.ones_like(saliency, dtype=torch.bool))

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from secateur.runtime.gates.fbs import pooled as means
 from secateur.runtime.gates.prefix import Prefix
 from secateur.types import PlanError
 
@@ -96,7 +97,7 @@ def controller_for(model: nn.Module, embed: int = 64, hidden: int = 128) -> Cont
     groups = {layer.gate.groups for layer in layers}  # type: ignore[union-attr]
     if len(groups) > 1:
         raise PlanError(f"one decoder serves all layers, so they have one number of groups; got {sorted(groups)}.")
-    return Controller([layer.conv.in_channels for layer in layers], groups.pop(), embed, hidden)  # type: ignore[union-attr]
+    return Controller([layer.before for layer in layers], groups.pop(), embed, hidden)  # type: ignore[union-attr]
 
 
 @contextlib.contextmanager
@@ -123,7 +124,7 @@ def deciding(
     def policy(layer: int, x: Tensor) -> Tensor:
         nonlocal state
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            pooled = x.detach().float().mean((2, 3))
+            pooled = means(x.detach().float(), "avg")
             if layer == 0:
                 state = None
                 episode.pooled.clear()

@@ -1,40 +1,34 @@
-"""Put gates on a model: which layers can have one is read from a recorded run."""
+"""Put gates on a model: on the layers that a recorded run shows can have one."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
-from secateur.graph.trace import Op, Recording, Ref, inputs_of, record
+from secateur.graph.trace import inputs_of, record
 from secateur.runtime.gates.fbs import FBS
-from secateur.runtime.gates.gated import Gated, gated
+from secateur.runtime.gates.follow import Following, follow_, followings
+from secateur.runtime.gates.gated import NORMS, Gated, gated
 from secateur.runtime.gates.prefix import Prefix
+from secateur.runtime.gates.sites import Scene, followers, sites
 from secateur.types import PlanError
-
-RELU = ("aten::relu", "aten::relu_")
-ADD = ("aten::add.Tensor", "aten::add_.Tensor")
-PASSING = ("aten::max_pool2d_with_indices", "aten::avg_pool2d", "aten::dropout", "aten::mean.dim")
 
 
 @dataclass(frozen=True)
 class Gating:
-    """A gated copy of a model, the paths of its gated layers, and why each other convolution is left dense."""
+    """A gated copy of a model, the paths of its gated layers, and why each other layer with weights is left dense.
+
+    ``sharing`` are the depthwise convolutions and batch norms that share the masks of gates before them.
+    """
 
     model: nn.Module
     gated: tuple[str, ...]
     dense: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True)
-class Chain:
-    """A convolution that can be gated, and its batch norm ("" without one)."""
-
-    conv: str
-    norm: str
+    sharing: tuple[str, ...] = ()
 
 
 def gate(
@@ -42,15 +36,22 @@ def gate(
     density: float | Mapping[str, float] | None,
     example: Any,
     *,
+    everywhere: bool = False,
     pooling: str = "l1",
     groups: int = 4,
+    threshold: str = "online",
 ) -> Gating:
-    """Return a copy of ``model`` with a gate on every convolution (and batch norm) that a ReLU follows.
+    """Return a copy of ``model`` with a gate on every convolution (and batch norm) that an activation follows.
 
-    ``density`` in (0, 1] makes FBS gates, one number for all or one per path of a convolution (others stay dense);
-    None makes prefix gates of ``groups`` nested groups (RNP).  The copy equals the model as long as its gates
-    compute everything (methods of the FBS paper: rho = gamma, phi = 0, shift beta / gamma).  The saving of a layer
-    in a residual sum is smaller: its consumers compute the union of the branches.
+    ``density`` in (0, 1] makes FBS gates, one number for all or one per path of a layer (others stay dense); None
+    makes prefix gates of ``groups`` nested groups (RNP).  The copy equals the model as long as its gates compute
+    everything (methods of the FBS paper: rho = gamma, phi = 0, shift beta / gamma).  The saving of a layer in a
+    residual sum is smaller: its consumers compute the union of the branches.
+
+    ``everywhere`` puts a gate wherever a plan would cut channels or neurons: also on linear layers and on
+    convolutions that no activation follows, and lets batch norms and depthwise convolutions share the masks of the
+    gates before them.  Without it a depthwise convolution has a gate of its own.  The engine runs such a model as
+    it is (docs/engine.md).  ``pooling`` and ``threshold`` are those of ``FBS``.
 
     Raises ``PlanError`` when nothing can be gated, or a path of ``density`` cannot.
 
@@ -58,30 +59,45 @@ def gate(
     >>> chain = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
     >>> gate(chain, 0.5, torch.rand(1, 3, 8, 8)).gated
     ('0',)
+    >>> heads = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2))
+    >>> gate(heads, 0.5, torch.rand(1, 4), everywhere=True).dense
+    (('2', 'its values are an output of the model'),)
     """
     args, kwargs = inputs_of(example)
-    found, dense = chains(model, record(model, args, kwargs))
+    scene = Scene.of(model, record(model, args, kwargs), everywhere)
+    found, dense = sites(scene)
+    if density is None:
+        narrow = [site for site in found if len(_submodule(model, site.path).weight) < groups]  # type: ignore[union-attr, arg-type]
+        dense = (*dense, *((site.path, f"it has too few channels for {groups} groups") for site in narrow))
+        found = tuple(site for site in found if site not in narrow)
     if isinstance(density, Mapping):
-        strangers = sorted(set(density) - {chain.conv for chain in found})
+        strangers = sorted(set(density) - {site.path for site in found})
         if strangers:
-            why = dict(dense).get(strangers[0], "there is no such convolution")
-            raise PlanError(f"{strangers[0]!r} cannot be gated: {why}. Gateable: {[c.conv for c in found]}.")
-        dense = (*dense, *((c.conv, "no density given") for c in found if c.conv not in density))
-        found = tuple(chain for chain in found if chain.conv in density)
+            why = dict(dense).get(strangers[0], "there is no such layer")
+            raise PlanError(f"{strangers[0]!r} cannot be gated: {why}. Gateable: {[site.path for site in found]}.")
+        dense = (*dense, *((site.path, "no density given") for site in found if site.path not in density))
+        found = tuple(site for site in found if site.path in density)
     if not found:
-        raise PlanError(f"no convolution can be gated: {'; '.join(f'{p}: {w}' for p, w in dense) or 'there is none'}.")
+        hint = "" if everywhere else " everywhere=True (fbs.everywhere in a recipe) looks further."
+        raise PlanError(f"no layer can be gated: {'; '.join(f'{p}: {w}' for p, w in dense) or 'there is none'}.{hint}")
+    following, sharing = followers(scene, found) if everywhere else ((), frozenset())
     model = copy.deepcopy(model)
-    for chain in found:
-        one = density[chain.conv] if isinstance(density, Mapping) else density
-        put_(model, Layer(chain.conv, chain.norm, one, pooling, groups))
-    return Gating(model, tuple(chain.conv for chain in found), dense)
+    for site in found:
+        one = density[site.path] if isinstance(density, Mapping) else density
+        put_(model, Layer(site.path, site.norm, one, pooling, groups, threshold))
+    for follower in following:
+        follow_(model, follower)
+    shared = tuple(dict.fromkeys([*sharing, *(follower.path for follower in following)]))
+    left = tuple((path, why) for path, why in dense if path not in sharing)
+    return Gating(model, tuple(site.path for site in found), left, shared)
 
 
 @dataclass(frozen=True)
 class Layer:
     """A gate as a value: where it sits, the batch norm it took over ("": none), and its kind.
 
-    ``density`` None stands for a prefix gate of ``groups``, a number for an FBS gate with ``pooling``.
+    ``conv`` is the path of a convolution or linear layer.  ``density`` None stands for a prefix gate of ``groups``, a
+    number for an FBS gate with ``pooling`` and ``threshold``.
     """
 
     conv: str
@@ -89,11 +105,18 @@ class Layer:
     density: float | None
     pooling: str = "l1"
     groups: int = 4
+    threshold: str = "online"
+
+    def row(self) -> dict[str, Any]:
+        """Return a JSON object; what is new in it since the first version is left out where it says nothing."""
+        row = asdict(self)
+        return row if self.threshold != "online" else {key: row[key] for key in row if key != "threshold"}
 
     @classmethod
     def of(cls, row: Any) -> Layer:
         """Return the layer of a JSON object that somebody wrote; raises ``PlanError`` for anything else."""
         kinds = {"conv": str, "norm": str, "density": (float, int, type(None)), "pooling": str, "groups": int}
+        kinds |= {"threshold": str} if isinstance(row, dict) and "threshold" in row else {}
         if not isinstance(row, dict) or row.keys() != kinds.keys():
             raise PlanError(f"a gate has {', '.join(kinds)}; got {row!r}.")
         wrong = [key for key, kind in kinds.items() if isinstance(row[key], bool) or not isinstance(row[key], kind)]
@@ -106,12 +129,19 @@ def put_(model: nn.Module, layer: Layer) -> None:
     """Put a gate on ``model`` in place; raises ``PlanError`` when ``layer`` does not fit it."""
     conv: Any = _submodule(model, layer.conv)
     norm: Any = _submodule(model, layer.norm) if layer.norm else None
-    if type(conv) is not nn.Conv2d or not (norm is None or isinstance(norm, nn.BatchNorm2d)):
+    if type(conv) not in NORMS or not (norm is None or isinstance(norm, NORMS[type(conv)])):
         found = type(conv).__name__ if norm is None else f"{type(conv).__name__} and {type(norm).__name__}"
-        raise PlanError(f"a gate at {layer.conv!r} takes a Conv2d and its BatchNorm2d; found {found}.")
-    if norm is not None and (norm.num_features != conv.out_channels or not norm.affine or norm.running_mean is None):
-        raise PlanError(f"the batch norm {layer.norm!r} does not fit the convolution {layer.conv!r}.")
-    made = gated(conv, norm, layer.density, layer.pooling, layer.groups)
+        raise PlanError(f"a gate at {layer.conv!r} takes a convolution or Linear and its batch norm; found {found}.")
+    after = len(conv.weight)
+    if norm is not None and (norm.num_features != after or not norm.affine or norm.running_mean is None):
+        raise PlanError(f"the batch norm {layer.norm!r} does not fit the layer {layer.conv!r}.")
+
+    def make(before: int, after: int) -> FBS | Prefix:
+        if layer.density is None:
+            return Prefix(after, layer.groups)
+        return FBS(before, after, layer.density, layer.pooling, layer.threshold)
+
+    made = gated(conv, norm, make)
     made.took = layer.norm
     model.set_submodule(layer.conv, made)
     if layer.norm:
@@ -124,79 +154,31 @@ def layers(model: nn.Module) -> tuple[Layer, ...]:
     >>> import torch
     >>> chain = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
     >>> layers(gate(chain, 0.5, torch.rand(1, 3, 8, 8)).model)
-    (Layer(conv='0', norm='1', density=0.5, pooling='l1', groups=4),)
+    (Layer(conv='0', norm='1', density=0.5, pooling='l1', groups=4, threshold='online'),)
     """
     found = []
     for path, module in model.named_modules():
         if isinstance(module, Gated) and isinstance(module.gate, FBS):
-            found.append(Layer(path, module.took, module.gate.density, module.gate.pooling))
+            kind = {"pooling": module.gate.pooling, "threshold": module.gate.threshold}
+            found.append(Layer(path, module.took, module.gate.density, **kind))
         elif isinstance(module, Gated) and isinstance(module.gate, Prefix):
             found.append(Layer(path, module.took, None, groups=module.gate.groups))
     return tuple(found)
 
 
+def rows(model: nn.Module) -> tuple[dict[str, Any], ...]:
+    """Return the gates of ``model`` and what shares their masks as JSON objects."""
+    return (*(layer.row() for layer in layers(model)), *(one.row() for one in followings(model)))
+
+
+def restore_(model: nn.Module, given: tuple[Any, ...]) -> None:
+    """Put back on ``model`` what ``rows`` wrote, in place; raises ``PlanError`` when it does not fit."""
+    for row in given:
+        if isinstance(row, dict) and "follows" in row:
+            follow_(model, Following.of(row, model))
+        else:
+            put_(model, Layer.of(row))
+
+
 def _submodule(model: nn.Module, path: str) -> nn.Module | None:
     return dict(model.named_modules()).get(path)
-
-
-def chains(model: nn.Module, rec: Recording) -> tuple[tuple[Chain, ...], tuple[tuple[str, str], ...]]:
-    """Return the convolutions that can be gated, and (path, reason) of the others, in the order they run."""
-    readers: dict[int, list[Op]] = {}
-    for op in rec.ops:
-        for ref in {arg.value for arg in op.args if isinstance(arg, Ref)}:
-            readers.setdefault(ref, []).append(op)
-    found: list[Chain] = []
-    dense: list[tuple[str, str]] = []
-    runs = [op.module for op in rec.ops if op.target == "aten::convolution"]
-    for op in rec.ops:
-        if op.target == "aten::convolution" and not any(op.module == path for path, _ in dense):
-            chain = _chain(model, rec, op, readers, runs.count(op.module))
-            if isinstance(chain, Chain):
-                found.append(chain)
-            else:
-                dense.append((op.module, chain))
-    return tuple(found), tuple(dense)
-
-
-def _chain(model: nn.Module, rec: Recording, op: Op, readers: dict[int, list[Op]], runs: int) -> Chain | str:
-    """Return the chain that starts at convolution ``op``, or why it cannot be gated."""
-    conv = model.get_submodule(op.module)
-    if type(conv) is not nn.Conv2d:
-        return f"a gate takes the place of a plain nn.Conv2d, this is {type(conv).__name__}"
-    if runs != 1:
-        return f"it runs {runs} times in one forward pass"
-    if conv.padding_mode != "zeros":
-        return f"padding mode {conv.padding_mode!r} is not zeros"
-    value, norm = op.outs[0], ""
-    following = readers.get(_index(value), [])
-    if len(following) == 1 and following[0].target == "aten::native_batch_norm":
-        norm = following[0].module
-        module = model.get_submodule(norm)
-        if not isinstance(module, nn.BatchNorm2d) or not module.affine or not module.track_running_stats:
-            return "its batch norm has no scale or no running statistics"
-        if sum(other.module == norm and other.target == "aten::native_batch_norm" for other in rec.ops) != 1:
-            return "its batch norm runs several times in one forward pass"
-        value = following[0].outs[0]
-    why = _rectified(rec, _index(value), readers)
-    return why or Chain(op.module, norm)
-
-
-def _index(value: int | None) -> int:
-    return -1 if value is None else value
-
-
-def _rectified(rec: Recording, value: int, readers: dict[int, list[Op]]) -> str:
-    """Return "" when every way on from ``value`` meets a ReLU, through additions and pooling, else why not."""
-    if value in rec.outputs:
-        return "its values are an output of the model"
-    following = readers.get(value, [])
-    if not following:
-        return "nothing reads it"
-    for op in following:
-        if op.target in RELU:
-            continue
-        if op.target not in ADD + PASSING:
-            return f"{op.target} in {op.module or 'the model'} follows, not a ReLU"
-        if why := _rectified(rec, _index(op.outs[0]), readers):
-            return why
-    return ""
