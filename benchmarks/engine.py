@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--network", nargs="*", default=None)
     parser.add_argument("--density", nargs="*", type=float, default=[0.5, 0.25])
-    parser.add_argument("--threads", nargs="*", type=int, default=[1, 2])
+    parser.add_argument("--threads", nargs="*", type=int, default=[1], help="of two see benchmarks.threads")
     parser.add_argument("--batch", nargs="*", type=int, default=[1, 32])
     parser.add_argument("--rounds", type=int, default=50, help="of batch 1; fewer of larger ones")
     parser.add_argument("--compile", action="store_true", help="with torch.compile, which takes minutes")
