@@ -23,7 +23,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_library_example_runs(tmp_path: Path) -> None:
-    (code,) = blocks("python")
+    code = blocks("python")[0]
     code += (
         "count = lambda m: sum(p.numel() for p in m.parameters())\n"
         "print(count(model), count(small), count(same), count(half), proof.ok)\n"
@@ -33,6 +33,13 @@ def test_the_library_example_runs(tmp_path: Path) -> None:
     assert int(small) == int(same) < int(model)
     assert int(half) < int(model)
     assert ok == "True"
+
+
+def test_the_example_of_run_time_pruning_runs(tmp_path: Path) -> None:
+    code = blocks("python")[1] + "print(fast.layer)\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "torch.Size([1, 10])" in done.stdout
+    assert done.stdout.split()[-1] in ("engine", "portable", "reference")
 
 
 def test_the_commands_exist_and_the_recipes_load() -> None:
