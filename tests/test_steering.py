@@ -120,7 +120,7 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(
     [
         ("rnp.penalty=0.1", "rnp.penalty"),
         ("rnp.groups=1", "rnp.groups"),
-        ("rnp.groups=5", "4 channels form 1 to 4 groups"),
+        ("rnp.groups=9", "it has too few channels for 9 groups"),
         ("rnp.round=5", "did you mean 'rounds'"),
         ("fbs.epochs=1", "give fbs or rnp, not both"),
     ],

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur import choosing, gating, steering
+from secateur import choosing, gating, runtime, steering
 from secateur.checkpoint import save
 from secateur.folder import DENSE, GATED, PLAN, PROOF, PRUNED, RECORDS, REPORT
 from secateur.masking import compacted, proved, told, unmasked
-from secateur.measure.latency import compare, describe
+from secateur.measure.latency import compare, describe, race
 from secateur.measure.summary import layers, table
 from secateur.pictures import show
 from secateur.report import render
@@ -47,7 +47,7 @@ def finish(run: Run, model: nn.Module) -> None:
     run.team.dissolve()
     if not run.team.lead:
         return
-    warnings = []
+    warnings: list[str] = []
     for size in run.recipe.measure.batch_sizes:
         inputs, repeats = _inputs(run, size), run.recipe.measure.repeats
         dense, pruned, gain = compare(models["dense"], models["pruned"], inputs, repeats=repeats)
@@ -63,7 +63,7 @@ def finish(run: Run, model: nn.Module) -> None:
         compacted(run, model, passport(run.recipe, run.data))
     if gated is not None:
         save(gated, run.folder / GATED, recipe=run.recipe.hash, extra=passport(run.recipe, run.data))
-        found["gated"].append(_size(run.folder / GATED))
+        found["gated"] += [_size(run.folder / GATED), *_clocked(run, gated, warnings)]
     _save(run, model, [row for row in found["pruned"] if row.unit not in CLOCKED])
     for name in models:
         path = run.folder / {"dense": DENSE, "pruned": PRUNED}[name]
@@ -106,6 +106,26 @@ def _gated(run: Run, model: nn.Module) -> list[Measurement]:
         Measurement("params", params, "params", 1, 0.0, device, "counted, predictors included"),
         Measurement("macs", float(counted.mean()), "macs", len(counted), float(counted.std()), device, how),
     ]
+
+
+def _clocked(run: Run, model: nn.Module, warnings: list[str]) -> list[Measurement]:
+    """Return the latencies of the gated model, run as fast as it can be here, and its speed-ups over the dense one."""
+    rows: list[Measurement] = []
+    for size in run.recipe.measure.batch_sizes:
+        inputs = _inputs(run, size)
+        fast = runtime.compile(model, inputs, threads=torch.get_num_threads())
+        times, gains = race(
+            {"dense": run.dense.model, "gated": fast}, inputs, {"dense"}, repeats=run.recipe.measure.repeats
+        )
+        taken, gain = times["gated"], gains["gated"]
+        rows += [replace(row, how=f"by {fast.layer}; {row.how}") for row in (taken, gain)]
+        if gain.value <= 1:
+            others = "; ".join(f"not {layer}: {why}" for layer, why in fast.why.items())
+            warnings.append(
+                f"NOT FASTER: at batch {size} the gated model takes {taken.value:.3f} ms by {fast.layer}, "
+                f"{gain.value:.2f} times the speed of the dense one{f' ({others})' if others else ''}."
+            )
+    return rows
 
 
 def _inputs(run: Run, size: int) -> torch.Tensor:

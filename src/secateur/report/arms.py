@@ -311,8 +311,8 @@ def _warnings(outcomes: Sequence[Outcome], arms: Sequence[Arm], unfinished: Sequ
             notes.append(f"No {kind} run of equal recipe and seed ({how}) for: {'; '.join(lacking)}.")
     if any(arm.role == GATED for arm in arms):
         notes.append(
-            "MACs of gated rows are means over the test images, without the predictors of FBS. These rows have no "
-            "latency: the masks of training compute everything; benchmarks/engine.py measures the engine."
+            "MACs of gated rows are means over the test images, without the predictors of FBS. Their latency is that "
+            "of the fastest way to run them that the machine had; the other rows run in torch."
         )
     single = [arm.label for arm in arms if arm.role != DENSE and all(value.n == 1 for value in arm.values.values())]
     if single:
