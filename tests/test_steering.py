@@ -73,7 +73,7 @@ def test_one_model_serves_several_budgets(done: Path) -> None:
     large, small = measured["budgets"]
     model = sc.load(done / "gated.safetensors")
     assert isinstance(model, Steered)
-    whole = meter(model, torch.rand(1, 1, 8, 8)).dense
+    whole = meter(model.model, torch.rand(1, 1, 8, 8)).dense
     assert small["macs"] < large["macs"] <= 1.02 * 0.9 * whole  # found on validation images, told of test images
     reader = open_model(done / "gated.safetensors")
     assert set_budget(reader, 0.7) == pytest.approx(small["bias"], abs=1e-3)

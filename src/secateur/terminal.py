@@ -58,7 +58,7 @@ def summary(records: Sequence[Record]) -> str:
     cut = Table("layer", "class", "parameters", "after", "removed", title="What was cut", title_justify="left")
     for row in shown["layers"]:
         cut.add_row(row["name"], row["kind"], f"{row['params']:,}", f"{row['after']:,}", f"{1 - row['share']:.1%}")
-    bought = Table("quantity", "dense", "pruned", "change", title="What it bought", title_justify="left")
+    bought = Table("quantity", "dense", shown["after"], "change", title="What it bought", title_justify="left")
     for row in shown["rows"]:
         bought.add_row(row["name"], row["dense"], row["pruned"], row["change"])
     for table in (cut, bought):

@@ -54,6 +54,7 @@ def view(records: Sequence[Record]) -> dict[str, Any]:
         "finished": bool(measure),
         "warnings": measure.get("warnings", []),
         "rows": rows,
+        "after": after(measure.get("measurements", {})),
         "cards": [row for row in rows if any(row["key"].startswith(name) for name in CARDS)],
         "groups": _groups(model, cuts[: stopped.get("back_to")]),
         "frozen": [group for group in model.get("groups", []) if group["frozen"]],
@@ -90,11 +91,16 @@ def _last(stages: Mapping[str, list[Data]], name: str) -> Data:
     return stages[name][-1] if name in stages else {}
 
 
+def after(measurements: Mapping[str, Any]) -> str:
+    """Return what a run made of the dense model: the gated one where there is one, else the pruned one."""
+    return "gated" if "gated" in measurements else "pruned"
+
+
 def comparison(measurements: Mapping[str, Sequence[Data]]) -> list[dict[str, Any]]:
-    """Return one row per quantity: dense and pruned value, spread, change, how it was measured."""
+    """Return one row per quantity: the value before and after, spread, change, how it was measured."""
     dense = {m["name"]: m for m in measurements.get("dense", ())}
     rows = []
-    for small in measurements.get("pruned", ()):
+    for small in measurements.get("gated", measurements.get("pruned", ())):
         big, unit = dense.get(small["name"]), small["unit"]
         rows.append(
             {

@@ -17,12 +17,13 @@ STEPS = 12  # halvings of the range in which the bias lies
 
 
 def bias_for(model: Steered, inputs: Iterable[Tensor], budget: float) -> float:
-    """Return the largest bias at which ``model`` computes at most ``budget`` of its multiply-accumulates.
+    """Return the largest bias at which ``model`` computes at most ``budget`` of the work of its whole network.
 
-    ``inputs`` are batches (B, C, H, W) on which the mean is taken, those of a validation set; the work of the
-    controller counts.  The mean grows with the bias nearly always, so it is found by bisection, to a 4,096th of its
-    range: twice the widest gap between the values of a decision, beyond which the bias decides alone.  The model keeps
-    the bias that it has.
+    ``inputs`` are batches (B, C, H, W) on which the mean is taken, those of a validation set.  The work of the
+    controller counts, the network without one is the whole.  The mean grows with the bias nearly always, so it is
+    found by bisection, to a 4,096th of its range: twice the widest gap between the values of a decision, beyond which
+    the bias decides alone.  The model keeps the bias that it has.
+
     Raises ``PlanError`` when the first group of every layer alone is more than the budget.
 
     >>> from secateur.models.s0 import s0
@@ -30,14 +31,15 @@ def bias_for(model: Steered, inputs: Iterable[Tensor], budget: float) -> float:
     >>> from secateur.runtime.gates.rnp import controller_for
     >>> x = torch.rand(8, 3, 8, 8)
     >>> inner = gate(s0(image_size=8), None, x).model
-    >>> bias_for(Steered(inner, controller_for(inner, 4, 4)), [x], 1.0) > 0
+    >>> steered = Steered(inner, controller_for(inner, 4, 4))
+    >>> bias_for(steered, [x], 0.8) <= bias_for(steered, [x], 1.0)
     True
     """
     batches = list(inputs)
-    count = meter(model, batches[0])
+    count, whole = meter(model, batches[0]), meter(model.model, batches[0]).dense
 
     def share(bias: float) -> float:
-        return float(_at(model, bias, count, batches).mean()) / count.dense
+        return float(_at(model, bias, count, batches).mean()) / whole
 
     reach = 2 * _gap(model, batches[0]) + 1e-6
     if share(reach) <= budget:
@@ -46,7 +48,7 @@ def bias_for(model: Steered, inputs: Iterable[Tensor], budget: float) -> float:
     if (least := share(low)) > budget:
         raise PlanError(
             f"the first groups alone are {least:.1%} of the work of the whole model, the budget is {budget:.1%}; give "
-            " a larger budget, or train with more groups."
+            "a larger budget, or train with more groups."
         )
     for _ in range(STEPS):
         middle = (low + high) / 2
