@@ -44,7 +44,8 @@ def stages(run: Run) -> list[tuple[str, int]]:
 def wrapped(fbs: Fbs, model: nn.Module, example: torch.Tensor) -> Gating:
     """Return ``model`` with gates that compute everything; raises ``RecipeError`` where there is no layer for them."""
     try:
-        gating = gate(model, 1.0, example, everywhere=fbs.everywhere, pooling=fbs.pooling, threshold=fbs.threshold)
+        how = {"everywhere": fbs.everywhere, "pooling": fbs.pooling, "threshold": fbs.threshold, "scale": fbs.scale}
+        gating = gate(model, 1.0, example, **how)
     except PlanError as error:
         raise RecipeError(f"fbs: {error}") from error
     for pattern in fbs.layers:

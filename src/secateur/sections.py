@@ -297,6 +297,8 @@ class Fbs(Section):
     """what a predictor sees of each input channel; avg says little of signed inputs"""
     threshold: Literal["local", "online"] = "online"
     """online: exactly the largest saliencies; local: those above a running threshold, cheaper, on average as many"""
+    scale: Literal["gate", "norm"] = "gate"
+    """what keeps the scale of a batch norm: gate, the saliencies begin with it; norm, they begin with 1"""
     penalty: NotNegative = 1e-8
     """weight of the L1 norm of the saliencies, mean over the images"""
     alone: Annotated[int, Field(ge=0)] = 0

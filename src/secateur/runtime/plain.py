@@ -32,7 +32,9 @@ def plain(model: nn.Module) -> nn.Module:
         shift = layer.shift * scale
         if layer.took:
             whole = type(norm)(norm.num_features, norm.eps, norm.momentum).to(producer.weight).train(norm.training)
-            whole.load_state_dict({"weight": scale, "bias": shift, **norm.state_dict()})
+            weight = norm.weight * scale if norm.affine else scale
+            bias = norm.bias * scale + shift if norm.affine else shift
+            whole.load_state_dict({**norm.state_dict(), "weight": weight, "bias": bias})
             model.set_submodule(layer.took, whole)
         else:
             producer.weight.mul_(scale.reshape(-1, *[1] * (producer.weight.dim() - 1)))

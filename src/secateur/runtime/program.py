@@ -178,7 +178,8 @@ def gated_node(path: str, layer: Gated, source: int, out: int) -> Node:
         raise EngineError(f"the gate at {path!r} has a running threshold; the engine selects exactly k winners.")
     if layer.board is not None:
         raise EngineError(f"other layers share the mask of the gate at {path!r}, which the engine does not know.")
-    stats = (None, None, norm.running_mean, norm.running_var) if isinstance(norm, nn.BatchNorm2d) else (None,) * 4
+    known = isinstance(norm, nn.BatchNorm2d)
+    stats = (norm.weight, norm.bias, norm.running_mean, norm.running_var) if known else (None,) * 4
     scale, shift = _norm(conv.bias, stats, getattr(norm, "eps", 0.0), conv.weight)
     geometry = {"stride": _pair(conv.stride), "dilation": _pair(conv.dilation), "groups": conv.groups}
     return Node(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -66,18 +67,23 @@ class Gated(nn.Module):
 
 
 @torch.no_grad()
-def gated(conv: Any, norm: Any, make: Any) -> Gated:
+def gated(conv: Any, norm: Any, make: Any, scale: str = "gate") -> Gated:
     """Return the layer that equals ``conv`` and ``norm`` as long as its gate computes everything.
 
     ``make`` builds the gate from the numbers of inputs and outputs.  An FBS gate begins with phi = 0 and rho = gamma;
     a negative gamma is absorbed into the sign of filter and running mean, a gamma of 0 into a filter of zeros.  The
     gain of a prefix gate begins with gamma.  ``conv`` is changed in place.
+
+    ``scale`` "norm" leaves gamma and beta where they are, and the gate begins with rho = 1.  With rho = gamma the
+    channels of the largest gamma win for every image, and the others get no gradient that could change that.
     """
     after = len(conv.weight)
     gate = make(conv.weight.shape[1] * getattr(conv, "groups", 1), after).to(conv.weight)
     gamma, beta = conv.weight.new_ones(after), conv.weight.new_zeros(after)
     plain: Any = nn.Identity()
-    if norm is not None:
+    if norm is not None and scale == "norm":
+        plain = copy.deepcopy(norm)
+    elif norm is not None:
         gamma, beta = norm.weight.detach().clone(), norm.bias.detach().clone()
         plain = type(norm)(after, norm.eps, norm.momentum, affine=False).to(norm.weight)
         plain.load_state_dict(dict(norm.named_buffers()))

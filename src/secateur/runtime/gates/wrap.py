@@ -40,6 +40,7 @@ def gate(
     pooling: str = "l1",
     groups: int = 4,
     threshold: str = "online",
+    scale: str = "gate",
 ) -> Gating:
     """Return a copy of ``model`` with a gate on every convolution (and batch norm) that an activation follows.
 
@@ -51,7 +52,8 @@ def gate(
     ``everywhere`` puts a gate wherever a plan would cut channels or neurons: also on linear layers and on
     convolutions that no activation follows, and lets batch norms and depthwise convolutions share the masks of the
     gates before them.  Without it a depthwise convolution has a gate of its own.  The engine runs such a model as
-    it is (docs/engine.md).  ``pooling`` and ``threshold`` are those of ``FBS``.
+    it is (docs/engine.md).  ``pooling`` and ``threshold`` are those of ``FBS``, ``scale`` ("gate" or "norm": what keeps
+    the scale of a batch norm) is that of ``gated``.
 
     Raises ``PlanError`` when nothing can be gated, or a path of ``density`` cannot.
 
@@ -84,7 +86,7 @@ def gate(
     model = copy.deepcopy(model)
     for site in found:
         one = density[site.path] if isinstance(density, Mapping) else density
-        put_(model, Layer(site.path, site.norm, one, pooling, groups, threshold))
+        put_(model, Layer(site.path, site.norm, one, pooling, groups, threshold, scale))
     for follower in following:
         follow_(model, follower)
     shared = tuple(dict.fromkeys([*sharing, *(follower.path for follower in following)]))
@@ -92,12 +94,15 @@ def gate(
     return Gating(model, tuple(site.path for site in found), left, shared)
 
 
+LATER = {"threshold": "online", "scale": "gate"}  # of a layer: newer than the first version of files
+
+
 @dataclass(frozen=True)
 class Layer:
     """A gate as a value: where it sits, the batch norm it took over ("": none), and its kind.
 
     ``conv`` is the path of a convolution or linear layer.  ``density`` None stands for a prefix gate of ``groups``, a
-    number for an FBS gate with ``pooling`` and ``threshold``.
+    number for an FBS gate with ``pooling`` and ``threshold``; ``scale`` says what keeps the scale of the batch norm.
     """
 
     conv: str
@@ -106,17 +111,17 @@ class Layer:
     pooling: str = "l1"
     groups: int = 4
     threshold: str = "online"
+    scale: str = "gate"
 
     def row(self) -> dict[str, Any]:
         """Return a JSON object; what is new in it since the first version is left out where it says nothing."""
-        row = asdict(self)
-        return row if self.threshold != "online" else {key: row[key] for key in row if key != "threshold"}
+        return {key: value for key, value in asdict(self).items() if LATER.get(key) != value}
 
     @classmethod
     def of(cls, row: Any) -> Layer:
         """Return the layer of a JSON object that somebody wrote; raises ``PlanError`` for anything else."""
         kinds = {"conv": str, "norm": str, "density": (float, int, type(None)), "pooling": str, "groups": int}
-        kinds |= {"threshold": str} if isinstance(row, dict) and "threshold" in row else {}
+        kinds |= {key: str for key in LATER if isinstance(row, dict) and key in row}
         if not isinstance(row, dict) or row.keys() != kinds.keys():
             raise PlanError(f"a gate has {', '.join(kinds)}; got {row!r}.")
         wrong = [key for key, kind in kinds.items() if isinstance(row[key], bool) or not isinstance(row[key], kind)]
@@ -132,6 +137,8 @@ def put_(model: nn.Module, layer: Layer) -> None:
     if type(conv) not in NORMS or not (norm is None or isinstance(norm, NORMS[type(conv)])):
         found = type(conv).__name__ if norm is None else f"{type(conv).__name__} and {type(norm).__name__}"
         raise PlanError(f"a gate at {layer.conv!r} takes a convolution or Linear and its batch norm; found {found}.")
+    if layer.scale not in ("gate", "norm"):
+        raise PlanError(f"the scale of a batch norm stays with the gate or the norm; got {layer.scale!r}.")
     after = len(conv.weight)
     if norm is not None and (norm.num_features != after or not norm.affine or norm.running_mean is None):
         raise PlanError(f"the batch norm {layer.norm!r} does not fit the layer {layer.conv!r}.")
@@ -141,7 +148,7 @@ def put_(model: nn.Module, layer: Layer) -> None:
             return Prefix(after, layer.groups)
         return FBS(before, after, layer.density, layer.pooling, layer.threshold)
 
-    made = gated(conv, norm, make)
+    made = gated(conv, norm, make, layer.scale)
     made.took = layer.norm
     model.set_submodule(layer.conv, made)
     if layer.norm:
@@ -154,16 +161,20 @@ def layers(model: nn.Module) -> tuple[Layer, ...]:
     >>> import torch
     >>> chain = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
     >>> layers(gate(chain, 0.5, torch.rand(1, 3, 8, 8)).model)
-    (Layer(conv='0', norm='1', density=0.5, pooling='l1', groups=4, threshold='online'),)
+    (Layer(conv='0', norm='1', density=0.5, pooling='l1', groups=4, threshold='online', scale='gate'),)
     """
     found = []
     for path, module in model.named_modules():
         if isinstance(module, Gated) and isinstance(module.gate, FBS):
-            kind = {"pooling": module.gate.pooling, "threshold": module.gate.threshold}
+            kind = {"pooling": module.gate.pooling, "threshold": module.gate.threshold, "scale": _scale(module)}
             found.append(Layer(path, module.took, module.gate.density, **kind))
         elif isinstance(module, Gated) and isinstance(module.gate, Prefix):
-            found.append(Layer(path, module.took, None, groups=module.gate.groups))
+            found.append(Layer(path, module.took, None, groups=module.gate.groups, scale=_scale(module)))
     return tuple(found)
+
+
+def _scale(layer: Gated) -> str:
+    return "norm" if getattr(layer.norm, "affine", False) else "gate"
 
 
 def rows(model: nn.Module) -> tuple[dict[str, Any], ...]:
