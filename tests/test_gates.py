@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 import torchvision
 from torch import nn
 
+import secateur as sc
 from gated_nets import curious, lived, varied
 from secateur.models.cifar_resnet import resnet20
 from secateur.models.cifarnet import cifarnet
 from secateur.models.s0 import s0
 from secateur.models.vgg import vgg
-from secateur.runtime.gates import FBS, Gated, acting, gate, penalty, watch
+from secateur.runtime.engine import compile_engine
+from secateur.runtime.gates import FBS, Gated, acting, gate, layers, penalty, watch
 from secateur.runtime.gates.fbs import pooled, quota, winners
+from secateur.runtime.plain import plain
 from secateur.types import PlanError
 
 NARROW = (8, 8, 12, 12, 12, 16, 16, 16)
@@ -75,6 +79,26 @@ def test_acceptance_15_exactly_k_winners_whoever_else_is_in_the_batch(name: str,
             one = model(x[number : number + 1])
         torch.testing.assert_close(one[0], whole[number], rtol=1e-4, atol=1e-5)
         assert all(torch.equal(alone[path].mask[0], masks[path][number]) for path in masks)
+
+
+def test_the_scale_can_stay_with_the_batch_norm(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain_model, x = lived(cifarnet(widths=(8,) * 8)), torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        plain_model[1].weight[2] = -0.3
+    whole = gate(plain_model, 1.0, x, scale="norm").model
+    with torch.no_grad():
+        torch.testing.assert_close(whole(x), plain_model(x), rtol=0, atol=0)
+        assert {float(v) for m in whole.modules() if isinstance(m, FBS) for v in m.predictor.bias} == {1.0}
+        torch.testing.assert_close(plain(whole)(x), plain_model(x), rtol=0, atol=0)
+        half = curious(gate(plain_model, 0.5, x, scale="norm").model, x)
+        torch.testing.assert_close(compile_engine(half, x, strict=True)(x), half(x), rtol=1e-4, atol=1e-5)
+        sc.save(half, tmp_path / "half.safetensors")
+        again = sc.load(tmp_path / "half.safetensors", model=plain_model)
+        torch.testing.assert_close(again(x), half(x), rtol=0, atol=0)
+    assert {layer.scale for layer in layers(again)} == {"norm"}
+    with pytest.raises(PlanError, match="scale of a batch norm"):
+        gate(plain_model, 0.5, x, scale="both")
 
 
 def test_acceptance_15_of_equal_saliencies_the_lower_index_wins() -> None:

@@ -133,14 +133,15 @@ def tested(run: Run) -> list[dict[str, Any]]:
 
     Reads the test set, so it belongs to the end of a run.
     """
-    rows = {}
-    for number, density in enumerate(asked(run).densities):
+    rows = []
+    numbers = {density: number for number, density in enumerate(asked(run).densities)}  # the last of equal ones
+    for density, number in numbers.items():
         with run.team.copy_of(_file(run, density)) as path:
             model = restored(run, load_file(path))
         densities(model, run, number)
         figures, counted = run.quality(model, "test").figures(), spent(run, model, "test")
-        rows[density] = {"density": density, "macs": float(counted.mean()), **figures}
-    return list(rows.values())
+        rows.append({"density": density, "macs": float(counted.mean()), **figures})
+    return rows
 
 
 def densities(model: nn.Module, run: Run, number: int) -> float:

@@ -115,7 +115,7 @@ class Layer:
 
     def row(self) -> dict[str, Any]:
         """Return a JSON object; what is new in it since the first version is left out where it says nothing."""
-        return {key: value for key, value in asdict(self).items() if LATER.get(key) != value}
+        return {key: value for key, value in asdict(self).items() if key not in LATER or LATER[key] != value}
 
     @classmethod
     def of(cls, row: Any) -> Layer:
