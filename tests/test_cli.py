@@ -268,7 +268,13 @@ def test_a_full_disk_is_one_message_and_leaves_no_half_file(
 def test_signals_leave_a_run_that_resumes(number: signal.Signals, recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = [sys.executable, "-m", "secateur", "run", str(recipe), "train.epochs=500", "--out", str(out)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells start background jobs without it
+    ) as process:
         deadline = time.monotonic() + 240
         while not (out / "state.safetensors").exists() and time.monotonic() < deadline:
             time.sleep(0.05)

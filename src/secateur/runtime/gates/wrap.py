@@ -51,9 +51,8 @@ def gate(
 
     ``everywhere`` puts a gate wherever a plan would cut channels or neurons: also on linear layers and on
     convolutions that no activation follows, and lets batch norms and depthwise convolutions share the masks of the
-    gates before them.  Without it a depthwise convolution has a gate of its own.  The engine runs such a model as
-    it is (docs/engine.md).  ``pooling`` and ``threshold`` are those of ``FBS``, ``scale`` ("gate" or "norm": what keeps
-    the scale of a batch norm) is that of ``gated``.
+    gates before them (the engine runs such a model as it is).  Without it a depthwise convolution has its own gate.
+    ``pooling`` and ``threshold`` are those of ``FBS``, ``scale`` ("gate" or "norm") is that of ``gated``.
 
     Raises ``PlanError`` when nothing can be gated, or a path of ``density`` cannot.
 
