@@ -113,10 +113,9 @@ def lower(run: Run, model: nn.Module, step: int, point: Point) -> Out:
     begin = time.perf_counter()
     density = densities(model, run, step - 1)
     _train(run, model, len(run.targets) + 1 + step, asked(run).epochs, f"density {density:g}", point, step - 1)
-    quality, counted = run.quality(model), spent(run, model, "validation")
-    row = {"density": density, "macs": float(counted.mean()), **quality.figures()}
+    row = {"density": density, **standing(run, model, "validation")}
     run.log.append("gated", step=step, seconds=time.perf_counter() - begin, **row)
-    told = run.task.told(quality.figures())
+    told = run.task.told(row)
     run.screen.line(f"density {density:g}: {row['macs']:,.0f} MACs per image, {told} on validation images")
     if run.team.lead:
         _file(run, density).parent.mkdir(exist_ok=True)
@@ -139,8 +138,7 @@ def tested(run: Run) -> list[dict[str, Any]]:
         with run.team.copy_of(_file(run, density)) as path:
             model = restored(run, load_file(path))
         densities(model, run, number)
-        figures, counted = run.quality(model, "test").figures(), spent(run, model, "test")
-        rows.append({"density": density, "macs": float(counted.mean()), **figures})
+        rows.append({"density": density, **standing(run, model, "test")})
     return rows
 
 
@@ -185,6 +183,11 @@ def ungated(run: Run) -> nn.Module:
     """Return the model that the gates were put on."""
     with run.team.copy_of(run.folder / UNGATED) as path:
         return load(path, model=run.dense.model).to(run.example.device)
+
+
+def standing(run: Run, model: nn.Module, part: str) -> dict[str, Any]:
+    """Return the mean multiply-accumulates of an image of a part of the data, and how good the gated model is on it."""
+    return {"macs": float(spent(run, model, part).mean()), **run.quality(model, part).figures()}
 
 
 def spent(run: Run, model: nn.Module, part: str) -> torch.Tensor:

@@ -16,7 +16,7 @@ from torch import nn
 from secateur import recovery, resolve
 from secateur.checkpoint import save
 from secateur.folder import UNGATED
-from secateur.gating import noted, spent, ungated
+from secateur.gating import noted, standing, ungated
 from secateur.runtime.budget import bias_for
 from secateur.runtime.gates import Steered, gate
 from secateur.runtime.gates.cost import meter
@@ -45,7 +45,11 @@ def asked(run: Run) -> Rnp:
 
 def wrapped(rnp: Rnp, model: nn.Module, example: torch.Tensor, seed: int) -> Steered:
     """Return ``model`` with prefix gates and a fresh controller."""
-    inner = gate(model, None, example, groups=rnp.groups).model
+    return under(rnp, gate(model, None, example, groups=rnp.groups).model, example, seed)
+
+
+def under(rnp: Rnp, inner: nn.Module, example: torch.Tensor, seed: int) -> Steered:
+    """Return the gated ``inner`` with a fresh controller."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draw(seed, 0))
         controller = controller_for(inner, rnp.embed, rnp.hidden)
@@ -58,7 +62,7 @@ def put_on(run: Run, model: nn.Module, step: int, point: Point) -> Out:
         raise RecipeError("rnp: the controller and the network learn in one process; run it without torchrun.")
     save(model, run.folder / UNGATED)
     chosen = gate(model, None, run.example, groups=asked(run).groups)
-    steered = wrapped(asked(run), model, run.example, run.recipe.seed)
+    steered = under(asked(run), chosen.model, run.example, run.recipe.seed)
     noted(run, chosen, meter(chosen.model, run.example).dense, controller=steered.controller.macs)
     return steered, Point()
 
@@ -85,9 +89,9 @@ def rounds(run: Run, model: nn.Module, step: int, point: Point) -> Out:
         while work.rounds < rnp.rounds:
             _round(run, model, work)
     model.to(memory_format=torch.contiguous_format)
-    quality, counted = run.quality(model), spent(run, model, "validation")
-    run.log.append("gated", step=1, macs=float(counted.mean()), **quality.figures())
-    run.screen.line(f"{float(counted.mean()):,.0f} MACs per image under the policy, {run.task.told(quality.figures())}")
+    row = standing(run, model, "validation")
+    run.log.append("gated", step=1, **row)
+    run.screen.line(f"{row['macs']:,.0f} MACs per image under the policy, {run.task.told(row)}")
     return model, Point()
 
 
@@ -144,9 +148,8 @@ def tested(run: Run, model: nn.Module) -> list[dict[str, Any]]:
     for budget in asked(run).budgets:
         bias = bias_for(model, images, budget)
         before, model.bias = model.bias, bias
-        figures, counted = run.quality(model, "test").figures(), spent(run, model, "test")
+        rows.append({"budget": budget, "bias": bias, **standing(run, model, "test")})
         model.bias = before
-        rows.append({"budget": budget, "bias": bias, "macs": float(counted.mean()), **figures})
     return rows
 
 

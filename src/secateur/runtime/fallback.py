@@ -35,3 +35,24 @@ def check(fast: Callable[[torch.Tensor], torch.Tensor], model: nn.Module, exampl
     error = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
     if not error <= TOLERANCE and bool(expected.isfinite().all()):
         raise EngineError(f"{name} is off by {error:.1e} of the largest output on the example; please report it.")
+
+
+def checked(
+    make: Callable[[], Callable[..., torch.Tensor]], model: nn.Module, example: torch.Tensor, name: str, strict: bool
+) -> Callable[..., torch.Tensor]:
+    """Return what ``make`` makes of ``model`` in eval mode, compared with it on the example.
+
+    Where that raises ``EngineError``, a ``Fallback`` with the reason, or the error itself when ``strict``.
+    """
+    training = model.training
+    model.eval()
+    try:
+        fast = make()
+        check(fast, model, example, name)
+        return fast
+    except EngineError as error:
+        if strict:
+            raise EngineError(str(error)) from error
+        return Fallback(model, str(error))
+    finally:
+        model.train(training)

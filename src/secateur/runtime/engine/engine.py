@@ -15,7 +15,7 @@ from secateur.runtime.engine import native
 from secateur.runtime.engine.layers import lowered
 from secateur.runtime.engine.steering import Steering
 from secateur.runtime.engine.team import HEAD, HELPED, STOP, TICKET
-from secateur.runtime.fallback import Fallback, check
+from secateur.runtime.fallback import checked
 from secateur.runtime.gates import Prefix, Steered
 from secateur.runtime.program import read
 from secateur.types import EngineError
@@ -127,15 +127,5 @@ def compile_engine(
     >>> engine(torch.rand(5, 3, 9, 9)).shape
     torch.Size([5, 8, 7, 7])
     """
-    training = model.training
-    model.eval()
-    try:
-        engine = Engine(model, example, threads, native.lanes() if width is None else width)
-        check(engine, model, example, "the engine")
-        return engine
-    except EngineError as error:
-        if strict:
-            raise EngineError(str(error)) from error
-        return Fallback(model, str(error))
-    finally:
-        model.train(training)
+    lanes = native.lanes if width is None else lambda: width
+    return checked(lambda: Engine(model, example, threads, lanes()), model, example, "the engine", strict)

@@ -10,7 +10,7 @@ import onnxruntime
 import torch
 from torch import nn
 
-from secateur.runtime.fallback import Fallback, check
+from secateur.runtime.fallback import checked
 from secateur.runtime.gates import Prefix, Steered
 from secateur.runtime.gates.rnp import steered
 from secateur.runtime.portable.gates import Policy
@@ -109,15 +109,4 @@ def compile_portable(
     >>> portable(torch.rand(5, 3, 9, 9)).shape
     torch.Size([5, 8, 7, 7])
     """
-    training = model.training
-    model.eval()
-    try:
-        portable = Portable(model, example, threads)
-        check(portable, model, example, "ONNX Runtime")
-        return portable
-    except EngineError as error:
-        if strict:
-            raise EngineError(str(error)) from error
-        return Fallback(model, str(error))
-    finally:
-        model.train(training)
+    return checked(lambda: Portable(model, example, threads), model, example, "ONNX Runtime", strict)
