@@ -318,6 +318,8 @@ class Rnp(Section):
 
     groups: Annotated[int, Field(ge=2)] = 4
     """nested groups of the channels of each convolution; an action computes the first so many"""
+    order: Literal["criterion", "given"] = "criterion"
+    """criterion: the channels are first put in the order of prune.criterion, best in front; given: as they are"""
     penalty: Annotated[float, Field(le=0, allow_inf_nan=False)] = -0.1
     """p, the reward of each further group; the one dial between accuracy and work"""
     rounds: Count = 10

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from secateur import recovery, resolve, sharing
@@ -86,21 +88,22 @@ def cut(run: Run, model: nn.Module, step: int, point: Point) -> Out:
     begin = time.perf_counter()
     graph = run.dense if model is run.dense.model else traced(model, run.data, recipe)
     before = run.quality(model)
-    wanted = recipe.prune.criterion
-    batches = (run.data.batch(part) for part in run.data.train[: wanted.samples].split(wanted.batch_size))
-    chosen, shown = resolve.criterion(recipe, step - 1), scored(recipe, graph)
-    gathered = None if point.evidence is None else Sums.of(point.evidence)
-    if run.given:
-        scores = None
-    elif prunable(shown):
-        scores = score(shown, chosen, batches, loss=run.task.scoring(), sums=gathered)
-    else:
-        scores = Scores(shown, repr(chosen), {})
+    scores = None if run.given else judged(run, graph, step - 1, point.evidence)
     budget = Budget(**{recipe.budget.kind: target})
     small, proof, end = (_zeroed if run.masking else _smaller)(run, scores, graph, budget, step, point)
     after = run.quality(small)
     _cut_record(run, step, target, proof, (before.figures(), after.figures()), begin)
     return small, end
+
+
+def judged(run: Run, graph: Graph, index: int, evidence: Mapping[str, torch.Tensor] | None = None) -> Scores:
+    """Return the scores of the recipe's criterion at cut ``index`` (from 0); ``evidence`` is what training gathered."""
+    wanted = run.recipe.prune.criterion
+    batches = (run.data.batch(part) for part in run.data.train[: wanted.samples].split(wanted.batch_size))
+    chosen, shown = resolve.criterion(run.recipe, index), scored(run.recipe, graph)
+    if not prunable(shown):
+        return Scores(shown, repr(chosen), {})
+    return score(shown, chosen, batches, loss=run.task.scoring(), sums=None if evidence is None else Sums.of(evidence))
 
 
 def _cut_record(run: Run, step: int, target: float, proof: Proof, quality: tuple[Any, Any], begin: float) -> None:

@@ -20,9 +20,11 @@ from secateur.gating import noted, standing, ungated
 from secateur.runtime.budget import bias_for
 from secateur.runtime.gates import Steered, gate
 from secateur.runtime.gates.cost import meter
+from secateur.runtime.gates.order import ordered
 from secateur.runtime.gates.rnp import controller_for
 from secateur.sections import Rnp
-from secateur.session import Run
+from secateur.session import Run, traced
+from secateur.stages import judged
 from secateur.train.interleave import Interleaved, Interleaving
 from secateur.train.layout import gradients_alike, laid_out
 from secateur.train.loop import Point, Settings, draw, shuffled
@@ -57,9 +59,11 @@ def under(rnp: Rnp, inner: nn.Module, example: torch.Tensor, seed: int) -> Steer
 
 
 def put_on(run: Run, model: nn.Module, step: int, point: Point) -> Out:
-    """Keep the model as the cuts left it in a file, and return it with gates and a controller."""
+    """Put the channels in order, keep that model in a file, and return it with gates and a controller."""
     if run.team.several:
         raise RecipeError("rnp: the controller and the network learn in one process; run it without torchrun.")
+    if asked(run).order == "criterion":
+        model = ordered(judged(run, traced(model, run.data, run.recipe), len(run.targets)))
     save(model, run.folder / UNGATED)
     chosen = gate(model, None, run.example, groups=asked(run).groups)
     steered = under(asked(run), chosen.model, run.example, run.recipe.seed)

@@ -188,19 +188,28 @@ def permuted(graph: Graph, groups: list[Group], rng: np.random.Generator) -> Ite
     saved: dict[str, torch.Tensor] = {}
     try:
         with torch.no_grad():
-            for name, axes in graph.axes.items():
-                new = tensors[name].detach()
-                for axis, ids in enumerate(axes):
-                    if ids is not None and (order := _order(ids, target)) is not None:
-                        new = new.index_select(axis, torch.from_numpy(order).to(new.device))
-                if new is not tensors[name] and new.data_ptr() != tensors[name].data_ptr():
-                    saved[name] = tensors[name].detach().clone()
-                    tensors[name].copy_(new)
+            for name, value in rearranged(graph, target).items():
+                saved[name] = tensors[name].detach().clone()
+                tensors[name].copy_(value)
         yield
     finally:
         with torch.no_grad():
             for name, value in saved.items():
                 tensors[name].copy_(value)
+
+
+def rearranged(graph: Graph, target: np.ndarray) -> dict[str, torch.Tensor]:
+    """Return the tensors in which unit ``target[u]`` stands in the place of each unit u, where that changes them."""
+    from secateur.mask import tensors_of
+
+    tensors, found = tensors_of(graph.model), {}
+    for name, axes in graph.axes.items():
+        orders = [(axis, _order(ids, target)) for axis, ids in enumerate(axes) if ids is not None]
+        for axis, order in orders:
+            if order is not None:
+                old = found.get(name, tensors[name].detach())
+                found[name] = old.index_select(axis, torch.from_numpy(order).to(old.device))
+    return found
 
 
 def _derangement(n: int, rng: np.random.Generator) -> np.ndarray:
