@@ -70,8 +70,8 @@ def test_a_run_trains_in_rounds_and_ships_network_and_controller(done: Path) -> 
 
 @pytest.mark.parametrize("order", ["criterion", "given"])
 def test_channels_are_put_in_the_order_of_the_criterion_before_they_form_groups(order: str, tmp_path: Path) -> None:
-    still = ["rnp.rounds=1", "rnp.backbone_steps=0", "rnp.budgets=[]", "recover.epochs=0", "prune.criterion={name: magnitude}"]
-    folder = run(recipe(*still, f"rnp.order={order}"), tmp_path / "run")
+    still = ["rnp.rounds=1", "rnp.backbone_steps=0", "rnp.budgets=[]", "recover.epochs=0"]
+    folder = run(recipe(*still, "prune.criterion={name: magnitude}", f"rnp.order={order}"), tmp_path / "run")
     sizes = {
         name: load_file(folder / f"{name}.safetensors")[key].flatten(1).norm(dim=1)
         for name, key in (("dense", "0.weight"), ("gated", "model.0.conv.weight"))
