@@ -51,6 +51,7 @@ def run(
     threads: int = 1,
     finished: bool = True,
     gated: tuple[float, float] | None = None,
+    dials: dict[str, list[dict[str, float]]] | None = None,
 ) -> Path:
     """The folder of a run with these measurements, as ``secateur run`` writes it."""
     recipe = loads("{version: 1, name: tiny}", overrides=list(overrides))
@@ -67,7 +68,7 @@ def run(
         both = {"dense": dense, "pruned": small}
         if gated is not None:
             both["gated"] = measured(**{"test top1": gated[0]}, params=1100.0, macs=gated[1])
-        rows += [{"stage": "measure", "measurements": both}, {"stage": "end"}]
+        rows += [{"stage": "measure", "measurements": both, **(dials or {})}, {"stage": "end"}]
     folder.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps({"time": 1.0, **row}) + "\n" for row in rows)
     (folder / "records.jsonl").write_text(text)
@@ -205,6 +206,38 @@ def test_gated_runs_stand_with_their_own_figures_beside_static_ones(tmp_path: Pa
     figure = page[page.index("against MACs") :].partition("</svg>")[0]
     assert figure.count('<circle class="gated"') == 2 + 1  # and the legend
     assert len(re.findall(r"│ gated +│", text)) == 2
+
+
+def test_a_gated_run_stands_once_for_each_density_or_budget(tmp_path: Path) -> None:
+    def row(key: str, at: float, macs: float) -> dict[str, float]:
+        return {key: at, "macs": macs, "top1": 0.5 + at / 2, "loss": 1.0, "n": 100}
+
+    whole = ("prune.budget={units: 1}", "prune.schedule={name: once}")
+    paths = []
+    for seed in range(2):
+        own = (*whole, f"seed={seed}", "fbs.densities=[0.7, 0.5]")
+        two = {"densities": [row("density", 0.7, 1400.0), row("density", 0.5, 700.0)]}
+        paths.append(run(tmp_path / f"fbs-{seed}", 0.9, 1000, *own, gated=(0.75, 700.0), dials=two))
+    for penalty in (-0.1, -0.2):
+        own = (*whole, f"rnp.penalty={penalty}", f"rnp.budgets=[{-penalty}]")
+        one = {"budgets": [row("budget", -penalty, -900.0 * penalty)]}
+        paths.append(run(tmp_path / f"rnp-{penalty}", 0.9, 1000, *own, gated=(0.8, 1000.0), dials=one))
+    found = compare(paths)
+    assert {arm.label: (arm.values["macs"].mean, arm.values["test top1"].n) for arm in found.arms[1:]} == {
+        "fbs.density=0.5": (700.0, 2),
+        "fbs.density=0.7": (1400.0, 2),
+        "rnp.penalty=-0.1": (1000.0, 1),
+        "rnp.budget=0.1, rnp.penalty=-0.1": (90.0, 1),
+        "rnp.penalty=-0.2": (1000.0, 1),
+        "rnp.budget=0.2, rnp.penalty=-0.2": (180.0, 1),
+    }
+    high = named(found)["fbs.density=0.7"].values
+    assert (high["test top1"].mean, high["params"].mean) == (0.85, 1100.0)
+    assert "latency batch 1" not in high  # it was measured at the last density
+    assert [arm.role for arm in found.arms] == [DENSE, *[GATED] * 6]
+    assert len(found.arms[0].runs) == len(found.outcomes) == 4  # a run, not a point
+    assert render(found).count("fbs.density=0.7") >= 1
+    assert not any("Several runs of one seed" in note for note in found.notes)
 
 
 def test_runs_that_need_no_control_are_not_said_to_lack_one(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from secateur.folder import RECORDS
-from secateur.report.arms import Comparison, compared, outcome
+from secateur.report.arms import Comparison, Outcome, compared, outcomes
 from secateur.report.compared import render
 from secateur.track.local import read
 from secateur.train.resume import atomic_write
@@ -21,14 +21,13 @@ def compare(paths: Iterable[Path], *, part: str = "test", notes: Sequence[str] =
     left out and named.  Raises ``CheckpointError`` for a path without records, ``SecateurError`` when no
     finished run is left.
     """
-    finished, unfinished = [], []
-    for path in dict.fromkeys(found for given in paths for found in records(Path(given))):
+    finished: list[Outcome] = []
+    unfinished: list[str] = []
+    for path in dict.fromkeys(file for given in paths for file in records(Path(given))):
         folder = str(path.parent if path.name == RECORDS else path)
-        one = outcome(read(path), folder)
-        if one is None:
-            unfinished.append(folder)
-        else:
-            finished.append(one)
+        found = outcomes(read(path), folder)
+        finished += found
+        unfinished += [] if found else [folder]
     return compared(finished, part=part, unfinished=unfinished, notes=notes)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from secateur.report.course import NEVER, Course, course
@@ -18,7 +18,7 @@ DENSE, WHOLE, PRUNED, RANDOM, SCRATCH = "dense", "not pruned", "pruned", "random
 GATED = "gated"
 ROLES = (DENSE, WHOLE, PRUNED, GATED, RANDOM, SCRATCH)
 GATES = ("fbs", "rnp")  # sections of a recipe whose run ends with a model that chooses for each image
-LABELS = ("name", "out", "seed", "track", "prune.criterion.args.seed")  # what does not make another experiment
+LABELS = ("name", "out", "seed", "track", "prune.criterion.args.seed", "rnp.budgets")  # what makes no new experiment
 AFTER = ("prune", "recover", "measure", *GATES)  # what does not make another dense model
 
 Key = tuple[tuple[str, str], ...]
@@ -39,6 +39,7 @@ class Outcome:
     final: Mapping[str, float]
     units: Mapping[str, str]
     course: Course = NEVER
+    dial: bool = False  # the final model of another outcome, at another density or budget
 
     @property
     def seed(self) -> tuple[Any, Any]:
@@ -106,7 +107,7 @@ def compared(
     costs = ("params", "macs", *masked, *sorted((name for name in units if name.startswith("latency")), key=_batch))
     fronts = {cost: front([_point(arm, accuracy, cost) for arm in arms]) for cost in costs}
     said = [*notes, *_warnings(outcomes, arms, unfinished)]
-    return Comparison(arms, accuracy, costs, units, fronts, tuple(said), tuple(outcomes))
+    return Comparison(arms, accuracy, costs, units, fronts, tuple(said), tuple(one for one in outcomes if not one.dial))
 
 
 def _comparable(
@@ -122,19 +123,42 @@ def _batch(name: str) -> int:
     return int(name.rsplit(" ", 1)[-1])
 
 
-def outcome(records: Sequence[Record], folder: str) -> Outcome | None:
-    """Return what a run measured, None when it is not finished."""
+def outcomes(records: Sequence[Record], folder: str) -> tuple[Outcome, ...]:
+    """Return what a run measured, none when it is not finished: its final model, then a gated one at other dials.
+
+    Those are the densities and budgets that one gated model was tested at; each stands as a run whose recipe says so.
+    """
     stages = {record.stage: record.data for record in records}
-    run, measured = stages.get("run"), stages.get("measure", {}).get("measurements")
+    run, measure = stages.get("run"), stages.get("measure", {})
+    measured = measure.get("measurements")
     if not run or not measured:
-        return None
+        return ()
     values = {name: {m["name"]: m["value"] for m in rows if m["value"] is not None} for name, rows in measured.items()}
     units = {m["name"]: m["unit"] for rows in measured.values() for m in rows}
     threads = f", {run['threads']} thread{'s' if run['threads'] != 1 else ''}" if run["device"] == "cpu" else ""
     where = f"{run['device']}{threads}"
     way = course(records, anew=run["recipe"].get("recover", {}).get("name") == "scratch")
     final = values.get("gated", values["pruned"])
-    return Outcome(folder, run["recipe"], run["hash"], where, values["dense"], final, units, way)
+    last = Outcome(folder, run["recipe"], run["hash"], where, values["dense"], final, units, way)
+    budgets = [_dialled(last, "rnp", "budget", row) for row in measure.get("budgets", ())]
+    end = (run["recipe"].get("fbs") or {}).get("densities", [None])[-1]  # that of the final model
+    others = [row for row in measure.get("densities", ()) if row["density"] != end]
+    densities = [_dialled(last, "fbs", "density", row) for row in others]
+    if densities:
+        last = replace(last, recipe=_at(last.recipe, "fbs", "density", end))
+    return (last, *densities, *budgets)
+
+
+def _at(recipe: Mapping[str, Any], section: str, key: str, value: float) -> Mapping[str, Any]:
+    return {**recipe, section: {**recipe[section], key: value}}
+
+
+def _dialled(last: Outcome, section: str, key: str, row: Mapping[str, Any]) -> Outcome:
+    """Return ``last`` at one density or budget: its size, and the work and quality of ``row`` on the test images."""
+    recipe = _at(last.recipe, section, key, row[key])
+    quality = {f"test {name}": value for name, value in row.items() if f"test {name}" in last.units}
+    final = {name: last.final[name] for name in ("params", "file") if name in last.final}
+    return replace(last, recipe=recipe, final={**final, **quality, "macs": row["macs"]}, course=NEVER, dial=True)
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -209,7 +233,7 @@ def _grouped(outcomes: Iterable[Outcome], key: Callable[[Outcome], Key]) -> dict
 
 
 def _folders(runs: Sequence[Outcome]) -> tuple[str, ...]:
-    return tuple(one.folder for one in runs)
+    return tuple(dict.fromkeys(one.folder for one in runs))
 
 
 def _labels(groups: Mapping[Key, Sequence[Outcome]]) -> dict[Key, str]:

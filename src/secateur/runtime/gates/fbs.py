@@ -63,9 +63,9 @@ class _Size(torch.autograd.Function):
         return x.abs().sum(tuple(range(2, x.dim())))
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
         """Return the sign of each number, times the gradient of its channel."""
-        (x,) = ctx.saved_tensors
+        (x,), (grad,) = ctx.saved_tensors, grads
         return x.sgn() * grad.reshape(*grad.shape, *[1] * (x.dim() - 2))
 
 
