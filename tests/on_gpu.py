@@ -56,6 +56,21 @@ def test_random_networks_equal_their_masks(seed: int) -> None:
     assert error <= CLOSE or margin(model, x) < 1e-5
 
 
+@pytest.mark.parametrize("density", [0.5, None])
+def test_gated_linear_layers(density: float | None) -> None:
+    torch.manual_seed(2)
+    x = varied(3, 3, 6, 6).to(DEVICE)
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 12), nn.ReLU()]
+    net = lived(nn.Sequential(*layers, nn.Linear(12, 4))).to(DEVICE)
+    model = curious(gate(net, density, x, everywhere=True, groups=3).model, x)
+    compiled = compile_cuda(model, x)
+    assert compiled.reason == ""
+    chosen = actions(model, len(x))
+    with acting(model, chosen), torch.no_grad():
+        expected = model(x)
+    assert off(compiled(x, chosen), expected) <= CLOSE
+
+
 @pytest.fixture(scope="module")
 def pair() -> tuple[nn.Module, Compiled]:
     torch.manual_seed(1)

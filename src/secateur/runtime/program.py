@@ -165,7 +165,24 @@ def _gated(reading: _Reading, path: str, layer: Gated, last: Op) -> None:
     source = reading.rec.inputs[path][0][0]
     if source is None or last.outs[0] is None:
         raise EngineError(f"the input of {path!r} was not recorded.")
-    reading.nodes.append(gated_node(path, layer, reading.same.get(source, source), last.outs[0]))
+    value = reading.same.get(source, source)
+    if isinstance(layer.conv, nn.Linear):
+        reading.nodes.append(_gated_linear(path, layer, value, last.outs[0], reading.shape(value)))
+    else:
+        reading.nodes.append(gated_node(path, layer, value, last.outs[0]))
+
+
+def _gated_linear(path: str, layer: Gated, source: int, out: int, shape: tuple[int, ...]) -> Node:
+    """Return a gated linear layer as the convolution of 1 x 1 that it is on a map of one pixel."""
+    if len(shape) not in (2, 4) or any(side != 1 for side in shape[2:]):
+        raise EngineError(f"the gate at {path!r} is on a linear layer that reads {shape}; the engine runs (B, C) only.")
+    linear: Any = layer.conv
+    conv = nn.Conv2d(linear.in_features, linear.out_features, 1, bias=linear.bias is not None, device="meta")
+    conv.weight = nn.Parameter(linear.weight.detach()[:, :, None, None])
+    conv.bias = linear.bias
+    turned = Gated(conv, layer.norm, layer.shift.detach(), layer.gate)
+    turned.board = layer.board
+    return gated_node(path, turned, source, out)
 
 
 def gated_node(path: str, layer: Gated, source: int, out: int) -> Node:
@@ -178,7 +195,7 @@ def gated_node(path: str, layer: Gated, source: int, out: int) -> Node:
         raise EngineError(f"the gate at {path!r} has a running threshold; the engine selects exactly k winners.")
     if layer.board is not None:
         raise EngineError(f"other layers share the mask of the gate at {path!r}, which the engine does not know.")
-    known = isinstance(norm, nn.BatchNorm2d)
+    known = isinstance(norm, nn.BatchNorm2d | nn.BatchNorm1d)
     stats = (norm.weight, norm.bias, norm.running_mean, norm.running_var) if known else (None,) * 4
     scale, shift = _norm(conv.bias, stats, getattr(norm, "eps", 0.0), conv.weight)
     geometry = {"stride": _pair(conv.stride), "dilation": _pair(conv.dilation), "groups": conv.groups}

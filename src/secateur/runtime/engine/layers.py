@@ -225,7 +225,7 @@ def _winners(low: Lowering, node: Node, gate: FBS, dst: Store, rows: tuple[int, 
     """Add the steps of an FBS gate: pool, predict, select."""
     value = node.ins[0]
     units = gate.predictor.out_features
-    source, (ids, count) = low.value(value), low.list(value)
+    source, (ids, count) = low.phases(value, (1, 1), 0.0, False), low.list(value)  # planes, also of a vector
     pooled = low.arena.place(4 * (low.program.shapes[value][0] + low.lanes))
     low.step(
         "stats", data=lambda: source.data, plane=lambda: source.plane, ids=ids, count=count, **low.lanes_of(source),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,8 @@ def _conv(low: Lowering, node: Node) -> None:
         scale, shift = scale.cpu() * gain, shift.cpu() * gain
     weight = array(node.weight.detach().double() * scale[:, None, None, None])
     x = low.maps[node.ins[0]]
+    if x.flat:  # a gated linear layer is a convolution on a map of one pixel
+        x = replace(x, name=low.graph.op("Reshape", x.name, low.graph.constant([0, -1, 1, 1], np.int64)), flat=False)
     if isinstance(node.gate, FBS):
         _boosted(low, node, node.gate, weight, array(shift), x)
     elif x.action or (isinstance(node.gate, Prefix) and _acted(low, node)):
@@ -163,6 +165,7 @@ def _linear(low: Lowering, node: Node) -> None:
     x = graph.op("Flatten", whole(graph, low.maps[node.ins[0]]).name)
     weight, shift = graph.constant(array(node.weight)), graph.constant(array(node.shift))
     low.made(node, graph.op("Gemm", x, weight, shift, transB=1))
+    low.maps[node.out] = replace(low.maps[node.out], flat=True)
 
 
 def _mean(low: Lowering, node: Node) -> None:

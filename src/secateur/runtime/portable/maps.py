@@ -15,6 +15,7 @@ class Map:
 
     ``ids`` names the (k,) channels that it holds, for ``held`` = k; or ``action`` names a scalar, 0 for the first,
     whose prefix of ``sizes[action]`` channels it holds; with neither it holds them all.  ``positive``: none is below 0.
+    ``flat``: it is a vector (B, C) in fact.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Map:
     held: int = 0
     action: str = ""
     sizes: tuple[int, ...] = ()
+    flat: bool = False
 
     @property
     def all(self) -> bool:
