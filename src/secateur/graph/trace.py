@@ -89,6 +89,7 @@ class Recording:
     caches: list[tuple[str, str]] = field(default_factory=list)
     read: set[int] = field(default_factory=set)
     eval_ops: int = 0  # operators after these ran in train mode, for branches that eval mode skips
+    eval_outputs: int = 0  # outputs after these are of that run
 
 
 class _Recorder(TorchDispatchMode):
@@ -303,7 +304,7 @@ def _record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             with modes[0], modes[1], modes[2], module_stack(model, recorder), recorder, _Calls(recorder):
                 out = model(*args, **kwargs)
             recorder.rec.outputs = [i for i in map(recorder.known, tensors_in(out)) if i is not None]
-            recorder.rec.eval_ops = len(recorder.rec.ops)
+            recorder.rec.eval_ops, recorder.rec.eval_outputs = len(recorder.rec.ops), len(recorder.rec.outputs)
             if unused(recorder.rec):
                 _record_again(model, recorder, args, kwargs, idle_siblings(model, recorder.rec.inputs))
             if unused(recorder.rec):

@@ -11,15 +11,16 @@ from torch import nn
 
 from secateur.graph.trace import Op, Recording, Ref, inputs_of, record
 from secateur.runtime.gates import FBS, Follower, Gated
+from secateur.runtime.gates.passing import limits
 from secateur.types import EngineError
 
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    """One layer: ``kind`` is conv, pool, mean, linear, add, relu or cat.
+    """One layer: ``kind`` is conv, pool, mean, linear, add, relu, clamp or cat.
 
     ``weight`` (out, in / groups, kh, kw) or (out, in); y = scale * (weight * x) + shift, then the gate's pi, then the
-    addition of value ``residual``, then ReLU if ``relu``.
+    addition of value ``residual``, then ReLU if ``relu``.  A clamp, ReLU6 say, gives what lies in ``low`` to ``high``.
     """
 
     kind: str
@@ -38,6 +39,8 @@ class Node:
     kernel: tuple[int, int] = (1, 1)
     groups: int = 1
     pooling: str = ""
+    low: float = 0.0
+    high: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,14 +103,15 @@ def read(model: nn.Module, example: Any) -> Program:
     rec = record(model, args, kwargs)
     ops = rec.ops[: rec.eval_ops]
     source = next(i for i, v in enumerate(rec.values) if v.origin == "input")
-    if len(rec.outputs) != 1:
-        raise EngineError(f"the network must give one tensor; it gives {len(rec.outputs)}.")
+    outputs = rec.outputs[: rec.eval_outputs]
+    if len(outputs) != 1:
+        raise EngineError(f"the network must give one tensor; it gives {len(outputs)}.")
     reading = _Reading(model, rec)
     sharing = next((path for path, module in model.named_modules() if isinstance(module, Follower)), None)
     if sharing is not None:
         raise EngineError(f"{sharing!r} shares the mask of gates before it, which the engine does not know.")
     gates = {path: module for path, module in model.named_modules() if isinstance(module, Gated)}
-    needed = _needed(rec, ops)
+    needed = _needed(outputs, ops)
     for number, op in enumerate(ops):
         owner = next((path for path in gates if _inside(op.module, path)), None)
         if owner is not None:
@@ -120,19 +124,19 @@ def read(model: nn.Module, example: Any) -> Program:
                 where = op.module or type(model).__name__
                 raise EngineError(f"{op.target} in {where!r} is not known to the engine.")
             rule(reading, op)
-    result = reading.same.get(rec.outputs[0], rec.outputs[0])
+    result = reading.same.get(outputs[0], outputs[0])
     nodes = tuple(_fused(reading.nodes, result))
     shapes = {value: _chw(reading, value) for node in nodes for value in (*node.ins, node.out)}
-    return Program(nodes, shapes, source, result, reading.shape(rec.outputs[0])[1:])
+    return Program(nodes, shapes, source, result, reading.shape(outputs[0])[1:])
 
 
 def _inside(module: str, path: str) -> bool:
     return module == path or module.startswith(path + ".")
 
 
-def _needed(rec: Recording, ops: list[Op]) -> set[int]:
-    """Return the numbers of the operators that the output depends on."""
-    wanted, found = set(rec.outputs), set()
+def _needed(outputs: list[int], ops: list[Op]) -> set[int]:
+    """Return the numbers of the operators that the outputs depend on."""
+    wanted, found = set(outputs), set()
     for number in range(len(ops) - 1, -1, -1):
         if wanted & {out for out in ops[number].outs if out is not None}:
             found.add(number)
@@ -260,6 +264,14 @@ def _relu(reading: _Reading, op: Op) -> None:
     reading.nodes.append(Node("relu", op.module, (reading.value(op.args[0]),), _out(op), relu=True))
 
 
+def _clamp(reading: _Reading, op: Op) -> None:
+    low, high = limits(op)
+    if low > 0 or high < 0:
+        raise EngineError(f"{op.target} in {op.module!r} gives {low} to {high}, which leaves no 0 for what is skipped.")
+    node = Node("clamp", op.module, (reading.value(op.args[0]),), _out(op), low=low, high=high)
+    reading.nodes.append(node)
+
+
 def _alias(reading: _Reading, op: Op) -> None:
     reading.same[_out(op)] = reading.value(op.args[0])
 
@@ -293,6 +305,19 @@ def _avg_pool(reading: _Reading, op: Op) -> None:
         raise EngineError(f"the average pool {op.module!r} divides by more than one number.")
     node = Node("pool", op.module, (reading.value(args[0]),), _out(op), pooling="avg", kernel=_pair(args[1]))
     reading.nodes.append(replace(node, stride=_pair(args[2] or args[1]), padding=_pair(padding)))
+
+
+def _adaptive_pool(reading: _Reading, op: Op) -> None:
+    """An average pool to a given size: nothing where maps have it, windows where it divides theirs."""
+    sides, wanted = reading.shape(op.args[0].value)[2:], _pair(op.args[1])
+    if len(sides) != 2 or any(side % size for side, size in zip(sides, wanted, strict=True)):
+        raise EngineError(f"the average pool {op.module!r} from {tuple(sides)} to {wanted} has windows of many sizes.")
+    if tuple(sides) == wanted:
+        _alias(reading, op)
+        return
+    window = (sides[0] // wanted[0], sides[1] // wanted[1])
+    source, more = (reading.value(op.args[0]),), {"pooling": "avg", "kernel": window, "stride": window}
+    reading.nodes.append(Node("pool", op.module, source, _out(op), **more))
 
 
 def _transpose(reading: _Reading, op: Op) -> None:
@@ -331,6 +356,8 @@ RULES: dict[str, Callable[[_Reading, Op], None]] = {
     "aten::native_batch_norm": _batch_norm,
     "aten::relu": _relu,
     "aten::relu_": _relu,
+    "aten::hardtanh": _clamp,
+    "aten::hardtanh_": _clamp,
     "aten::view": _view,
     "aten::_unsafe_view": _view,
     "aten::reshape": _view,
@@ -340,6 +367,7 @@ RULES: dict[str, Callable[[_Reading, Op], None]] = {
     "aten::mean.dim": _mean,
     "aten::max_pool2d_with_indices": _max_pool,
     "aten::avg_pool2d": _avg_pool,
+    "aten::_adaptive_avg_pool2d": _adaptive_pool,
     "aten::t": _transpose,
     "aten::addmm": _addmm,
     "aten::mm": _addmm,

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from secateur.runtime.engine.lower import FLOORS, LooseError, Lowering, Number, bits
+from secateur.runtime.engine.lower import FLOORS, NO_CEILING, LooseError, Lowering, Number, bits
 from secateur.runtime.engine.planes import KINDS
 from secateur.runtime.engine.product import packed, padded, product
 from secateur.runtime.engine.steering import Steering
@@ -155,6 +155,8 @@ def _positive(program: Program, value: int) -> bool:
     maker = next((node for node in program.nodes if node.out == value), None)
     if maker is None:
         return False
+    if maker.kind == "clamp":
+        return maker.low >= 0
     return maker.relu or (maker.kind in ("pool", "mean", "cat") and all(_positive(program, v) for v in maker.ins))
 
 
@@ -164,6 +166,7 @@ def _rectify(low: Lowering, store: Store, ids: tuple[int, int]) -> None:
         "window", data=lambda: store.data, plane=lambda: store.plane, ids=ids[0], count=ids[1],
         taps_at=low.arena.constant([0], np.int32), tap_count=1, **low.lanes_of(store),
         out_data=lambda: store.data, out_plane=lambda: store.plane, maximum=1, scale=bits(1.0), floor=FLOORS[True],
+        ceiling=NO_CEILING,
     )  # fmt: skip
 
 
@@ -274,7 +277,7 @@ def _mean(low: Lowering, node: Node) -> None:
 
 
 def _pool(low: Lowering, node: Node) -> None:
-    maximum = node.pooling == "max" or node.kind == "relu"
+    maximum, clamps = node.pooling != "avg", node.kind == "clamp"
     copied = node.kind == "pool"
     source = low.phases(node.ins[0], node.stride, float("-inf") if maximum and copied else 0.0, copied)
     units, height, width = low.program.shapes[node.out]
@@ -288,7 +291,8 @@ def _pool(low: Lowering, node: Node) -> None:
         "window", data=lambda: source.data, plane=lambda: source.plane, ids=ids, count=count,
         taps_at=lambda: low.arena.constant(taps(), np.int32), tap_count=size, **low.lanes_of(out),
         out_data=lambda: out.data, out_plane=lambda: out.plane, maximum=int(maximum),
-        scale=bits(1.0 if maximum else 1.0 / size), floor=FLOORS[node.relu],
+        scale=bits(1.0 if maximum else 1.0 / size), floor=bits(node.low) if clamps else FLOORS[node.relu],
+        ceiling=bits(node.high) if clamps else NO_CEILING,
     )  # fmt: skip
 
 
@@ -329,6 +333,7 @@ RULES: dict[str, Callable[[Lowering, Node], None]] = {
     "mean": _mean,
     "pool": _pool,
     "relu": _pool,
+    "clamp": _pool,
     "add": _add,
     "cat": _cat,
 }

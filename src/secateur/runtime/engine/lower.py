@@ -23,6 +23,7 @@ def bits(value: float) -> int:
 
 
 FLOORS = {True: bits(0.0), False: bits(float("-inf"))}
+NO_CEILING = bits(float("inf"))
 
 
 class LooseError(Exception):

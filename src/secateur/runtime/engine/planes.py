@@ -23,6 +23,7 @@ WINDOW = (
     "maximum",  # 1: max, 0: sum times scale
     "scale",
     "floor",
+    "ceiling",
 )
 UNION = ("a_ids", "a_count", "a_data", "a_plane", "b_ids", "b_count", "units", "flags", "zero", "ids", "count", "res")
 UNION += ("only_ids", "only_count")  # channels of a that are not in b
@@ -75,7 +76,7 @@ def window(module: ir.Module, lanes: int) -> ir.Function:
     count = e.get(e.at(ws, f["count"]), I64(0), I64)
     maximum = e.b.icmp_signed("!=", f["maximum"], I64(0))
     start = e.b.select(maximum, e.floats(float("-inf")), e.floats(0.0))
-    scale, low = (e.splat(e.b.bitcast(e.b.trunc(f[n], I32), F32)) for n in ("scale", "floor"))
+    scale, low, high = (e.splat(e.b.bitcast(e.b.trunc(f[n], I32), F32)) for n in ("scale", "floor", "ceiling"))
     with e.loop(I64(0), count, 1) as (a, _):
         channel = e.b.sext(e.get(ids, a, I32), I64)
         plane, to = e.at(data, e.b.mul(channel, f["plane"])), e.at(out, e.b.mul(channel, f["out_plane"]))
@@ -87,6 +88,7 @@ def window(module: ir.Module, lanes: int) -> ir.Function:
                 acc[0] = e.b.select(maximum, larger, e.b.fadd(acc[0], x))
             y = e.b.fmul(acc[0], scale)
             y = e.b.select(e.b.fcmp_ordered("<", y, low), low, y)
+            y = e.b.select(e.b.fcmp_ordered(">", y, high), high, y)
             e.masked(y, to, lane, e.get(masks, v, I16))
     e.b.ret_void()
     return e.function

@@ -94,8 +94,14 @@ def activates(op: Op) -> bool:
     """Is ``op`` an activation with f(0) = 0?"""
     if op.target not in ACTIVATIONS:
         return False
-    low, high = [*op.args[1:], *[-1.0, 1.0][len(op.args) - 1 :]][:2] if "hardtanh" in op.target else (0, 0)
+    low, high = limits(op) if "hardtanh" in op.target else (0.0, 0.0)
     return low <= 0 <= high
+
+
+def limits(op: Op) -> tuple[float, float]:
+    """Return the smallest and largest value of a hardtanh (of ReLU6: 0 and 6)."""
+    low, high = [*op.args[1:], *[-1.0, 1.0][len(op.args) - 1 :]][:2]
+    return float(low), float(high)
 
 
 def _joined(rec: Recording, op: Op, out: int, held: Mapping[int, Held]) -> dict[int, Held]:

@@ -104,6 +104,10 @@ def _relu(node: Node, *_: Any) -> Step:
     return lambda x: x.holding(x.values.relu())
 
 
+def _clamp(node: Node, *_: Any) -> Step:
+    return lambda x: x.holding(x.values.clamp(node.low, node.high))
+
+
 def _cat(node: Node, *_: Any) -> Step:
     return lambda *parts: joined(parts)
 
@@ -115,5 +119,6 @@ STEPS: Mapping[str, Callable[[Node, Program, nn.Module, torch.device], Step]] = 
     "linear": _linear,
     "add": _add,
     "relu": _relu,
+    "clamp": _clamp,
     "cat": _cat,
 }

@@ -193,6 +193,11 @@ def _relu(low: Lowering, node: Node) -> None:
     low.maps[node.out] = x.now(low.graph.op("Relu", x.name), positive=True)
 
 
+def _clamp(low: Lowering, node: Node) -> None:
+    x, ends = low.maps[node.ins[0]], [low.graph.constant(np.float32(end)) for end in (node.low, node.high)]
+    low.maps[node.out] = x.now(low.graph.op("Clip", x.name, *ends), positive=node.low >= 0)
+
+
 def _add(low: Lowering, node: Node) -> None:
     y = added(low.graph, low.maps[node.ins[0]], low.maps[node.ins[1]])
     low.maps[node.out] = y.now(low.graph.op("Relu", y.name), positive=True) if node.relu else y
@@ -208,6 +213,7 @@ RULES: dict[str, Callable[[Lowering, Node], None]] = {
     "mean": _mean,
     "pool": _pool,
     "relu": _relu,
+    "clamp": _clamp,
     "add": _add,
     "cat": _cat,
 }
