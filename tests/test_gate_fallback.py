@@ -29,7 +29,7 @@ CASES = {
     "a linear layer": (lambda: everywhere("s0", widths=[8, 8, 6, 4]), "a linear layer that reads"),
     "a shared mask": (lambda: everywhere("wide_resnet", depth=10, width=0.5), "shares the mask"),
     "depthwise": (lambda: everywhere("torchvision:mobilenet_v2"), "shares the mask"),
-    "an activation": (lambda: everywhere("torchvision:regnet_y_400mf"), "sigmoid"),
+    "an activation": (lambda: everywhere("torchvision:convnext_tiny"), "aten::"),
     "a running threshold": (local, "running threshold"),
 }
 

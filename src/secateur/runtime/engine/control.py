@@ -24,16 +24,16 @@ def gru(module: ir.Module, lanes: int) -> ir.Function:
     with e.loop(I64(0), size, lanes) as (j, _):
         i, s = ([e.vload(e.at(ws, f[n]), e.b.add(j, e.b.mul(size, I64(part)))) for part in range(3)]
                 for n in ("inputs", "states"))  # fmt: skip
-        r, z = (_sigmoid(e, e.b.fadd(i[part], s[part])) for part in range(2))
+        r, z = (sigmoid(e, e.b.fadd(i[part], s[part])) for part in range(2))
         twice = e.b.fmul(e.floats(2.0), e.fma(r, s[2], i[2]))
-        n = e.b.fsub(e.b.fmul(e.floats(2.0), _sigmoid(e, twice)), one)  # tanh
+        n = e.b.fsub(e.b.fmul(e.floats(2.0), sigmoid(e, twice)), one)  # tanh
         before = e.b.select(fresh, e.floats(0.0), e.vload(state, j))
         e.vstore(e.fma(z, before, e.b.fmul(e.b.fsub(one, z), n)), state, j)
     e.b.ret_void()
     return e.function
 
 
-def _sigmoid(e: Emit, x: Value) -> Value:
+def sigmoid(e: Emit, x: Value) -> Value:
     """Return 1 / (1 + exp(-x)); NaN stays NaN."""
     one = e.floats(1.0)
     return e.b.fdiv(one, e.b.fadd(one, _exp(e, e.b.fneg(x))))

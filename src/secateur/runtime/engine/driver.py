@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from llvmlite import ir
 
-from secateur.runtime.engine import choose, control, convolve, move, planes
+from secateur.runtime.engine import choose, control, convolve, move, planes, pointwise
 from secateur.runtime.engine.emit import I64, PTR, Emit
 from secateur.runtime.engine.tile import sizes as tile_sizes
 from secateur.runtime.engine.tile import tile
@@ -24,6 +24,8 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "union": planes.UNION,
     "add": planes.ADD,
     "ids": planes.IDS,
+    "times": pointwise.TIMES,
+    **dict.fromkeys(pointwise.CURVES, pointwise.CURVE),
     "layout": move.LAYOUT,
     "store": move.STORE,
 }
@@ -38,6 +40,8 @@ SIMPLE: dict[str, Callable[[ir.Module, int], ir.Function]] = {
     "union": planes.union,
     "add": planes.add,
     "ids": planes.ids,
+    "times": pointwise.times,
+    **{name: pointwise.curve(name) for name in pointwise.CURVES},
     "layout": move.layout,
     "store": move.store,
 }

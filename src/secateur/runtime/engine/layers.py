@@ -15,7 +15,7 @@ from secateur.runtime.engine.steering import Steering
 from secateur.runtime.engine.stores import Store
 from secateur.runtime.engine.tile import KINDS as TILES
 from secateur.runtime.gates import FBS, Prefix
-from secateur.runtime.program import Node, Program
+from secateur.runtime.nodes import OPEN, Node, Program
 from secateur.types import EngineError
 
 LIMIT = 1.25  # a pitch this much wider than needed is worth a copy
@@ -157,6 +157,8 @@ def _positive(program: Program, value: int) -> bool:
         return False
     if maker.kind == "clamp":
         return maker.low >= 0
+    if maker.kind == "curve":
+        return maker.curve in OPEN
     return maker.relu or (maker.kind in ("pool", "mean", "cat") and all(_positive(program, v) for v in maker.ins))
 
 
@@ -296,6 +298,38 @@ def _pool(low: Lowering, node: Node) -> None:
     )  # fmt: skip
 
 
+def _curve(low: Lowering, node: Node) -> None:
+    if node.curve in OPEN:
+        _whole(low, node, node.ins[0])
+    source, (ids, count) = low.phases(node.ins[0], (1, 1), 0.0, False), low.list(node.ins[0])
+    out = low.store(*low.program.shapes[node.out])
+    out.join(source)
+    low.plain[node.out], low.lists[node.out] = out, (ids, count)
+    low.step(
+        node.curve, data=lambda: source.data, plane=lambda: source.plane, ids=ids, count=count, **low.lanes_of(out),
+        out_data=lambda: out.data, out_plane=lambda: out.plane, slope=bits(node.low),
+    )  # fmt: skip
+
+
+def _times(low: Lowering, node: Node) -> None:
+    _whole(low, node, node.ins[1])
+    source, by = low.phases(node.ins[0], (1, 1), 0.0, False), low.value(node.ins[1])
+    ids, count = low.list(node.ins[0])
+    out = low.store(*low.program.shapes[node.out])
+    out.join(source)
+    low.plain[node.out], low.lists[node.out] = out, (ids, count)
+    low.step(
+        "times", data=lambda: source.data, plane=lambda: source.plane, ids=ids, count=count, **low.lanes_of(out),
+        by=lambda: by.data, by_plane=lambda: by.plane, out_data=lambda: out.data, out_plane=lambda: out.plane,
+    )  # fmt: skip
+
+
+def _whole(low: Lowering, node: Node, value: int) -> None:
+    """Raise ``EngineError`` when gates decide which channels of ``value`` there are."""
+    if low.list(value) != low.arena.full(low.program.shapes[value][0]):
+        raise EngineError(f"{node.curve or 'a product'} at {node.path!r} needs all channels, and a gate skips some.")
+
+
 def _add(low: Lowering, node: Node) -> None:
     a, b = (low.phases(value, (1, 1), 0.0, False) for value in node.ins)
     units, height, width = low.program.shapes[node.out]
@@ -334,6 +368,8 @@ RULES: dict[str, Callable[[Lowering, Node], None]] = {
     "pool": _pool,
     "relu": _pool,
     "clamp": _pool,
+    "curve": _curve,
+    "times": _times,
     "add": _add,
     "cat": _cat,
 }

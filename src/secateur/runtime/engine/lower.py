@@ -12,7 +12,7 @@ import numpy as np
 from secateur.runtime.engine.arena import Arena
 from secateur.runtime.engine.driver import OPERATORS, WORDS
 from secateur.runtime.engine.stores import Store, arrange
-from secateur.runtime.program import Program
+from secateur.runtime.nodes import Program
 
 Number = int | Callable[[], int]
 

@@ -13,7 +13,7 @@ from secateur.runtime.engine.planes import KINDS
 from secateur.runtime.engine.product import packed, padded, product
 from secateur.runtime.gates import Controller, Prefix
 from secateur.runtime.gates.rnp import steered
-from secateur.runtime.program import Node, Program
+from secateur.runtime.nodes import Node, Program
 from secateur.types import EngineError
 
 

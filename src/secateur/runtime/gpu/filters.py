@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.runtime.gates import Prefix
-from secateur.runtime.program import Node
+from secateur.runtime.nodes import Node
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from secateur.runtime.gates import Gated
 from secateur.runtime.gpu.convolve import convolved
 from secateur.runtime.gpu.filters import Filters
 from secateur.runtime.gpu.maps import Maps, joined
-from secateur.runtime.program import Node, Program
+from secateur.runtime.nodes import OPEN, Node, Program
 from secateur.types import EngineError
 
 Step = Callable[..., Maps]
@@ -108,6 +108,22 @@ def _clamp(node: Node, *_: Any) -> Step:
     return lambda x: x.holding(x.values.clamp(node.low, node.high))
 
 
+def _curve(node: Node, *_: Any) -> Step:
+    change: Any = getattr(torch, node.curve, None) or getattr(F, node.curve)
+    slope = [node.low] if node.curve == "leaky_relu" else []
+
+    def run(x: Maps) -> Maps:
+        if node.curve in OPEN:
+            return Maps(change(x.whole()), x.channels)
+        return x.holding(change(x.values, *slope))
+
+    return run
+
+
+def _times(node: Node, *_: Any) -> Step:
+    return lambda x, by: Maps(x.whole() * by.whole(), x.channels)
+
+
 def _cat(node: Node, *_: Any) -> Step:
     return lambda *parts: joined(parts)
 
@@ -120,5 +136,7 @@ STEPS: Mapping[str, Callable[[Node, Program, nn.Module, torch.device], Step]] = 
     "add": _add,
     "relu": _relu,
     "clamp": _clamp,
+    "curve": _curve,
+    "times": _times,
     "cat": _cat,
 }

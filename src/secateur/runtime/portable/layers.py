@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from secateur.runtime.gates import FBS, Prefix
+from secateur.runtime.nodes import OPEN, Node, Program
 from secateur.runtime.portable.gates import Policy, array, saliency, winners
 from secateur.runtime.portable.graph import Graph
 from secateur.runtime.portable.maps import Map, added, joined, whole
-from secateur.runtime.program import Node, Program
 from secateur.types import EngineError
 
 PAIR = 320  # multiply-accumulates in the time that picking one kernel of an input and an output takes
@@ -198,6 +198,28 @@ def _clamp(low: Lowering, node: Node) -> None:
     low.maps[node.out] = x.now(low.graph.op("Clip", x.name, *ends), positive=node.low >= 0)
 
 
+def _curve(low: Lowering, node: Node) -> None:
+    graph, x = low.graph, low.maps[node.ins[0]]
+    x = whole(graph, x) if node.curve in OPEN else x
+    if node.curve == "silu":
+        y = graph.op("Mul", x.name, graph.op("Sigmoid", x.name))
+    elif node.curve == "leaky_relu":
+        y = graph.op("LeakyRelu", x.name, alpha=node.low)
+    elif node.curve == "hardsigmoid":
+        y = graph.op("HardSigmoid", x.name, alpha=1 / 6, beta=0.5)
+    else:
+        y = graph.op({"sigmoid": "Sigmoid", "hardswish": "HardSwish", "tanh": "Tanh"}[node.curve], x.name)
+    low.maps[node.out] = x.now(y, positive=node.curve in OPEN)
+
+
+def _times(low: Lowering, node: Node) -> None:
+    graph, x, by = low.graph, low.maps[node.ins[0]], whole(low.graph, low.maps[node.ins[1]])
+    x = whole(graph, x) if x.action else x
+    factors = graph.op("Reshape", by.name, graph.constant([0, -1, 1, 1], np.int64)) if by.flat else by.name
+    factors = graph.op("Gather", factors, x.ids, axis=1) if x.ids else factors
+    low.maps[node.out] = x.now(graph.op("Mul", x.name, factors), positive=x.positive and by.positive)
+
+
 def _add(low: Lowering, node: Node) -> None:
     y = added(low.graph, low.maps[node.ins[0]], low.maps[node.ins[1]])
     low.maps[node.out] = y.now(low.graph.op("Relu", y.name), positive=True) if node.relu else y
@@ -214,6 +236,8 @@ RULES: dict[str, Callable[[Lowering, Node], None]] = {
     "pool": _pool,
     "relu": _relu,
     "clamp": _clamp,
+    "curve": _curve,
+    "times": _times,
     "add": _add,
     "cat": _cat,
 }

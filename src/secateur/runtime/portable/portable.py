@@ -13,9 +13,10 @@ from torch import nn
 from secateur.runtime.fallback import checked
 from secateur.runtime.gates import Prefix, Steered
 from secateur.runtime.gates.rnp import steered
+from secateur.runtime.nodes import Program
 from secateur.runtime.portable.gates import Policy
 from secateur.runtime.portable.layers import lower
-from secateur.runtime.program import Program, read
+from secateur.runtime.program import read
 from secateur.types import EngineError
 
 QUIET = 3  # errors only
