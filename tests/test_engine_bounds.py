@@ -8,12 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from test_linear_gates import HEADS
+from test_programs import NETS
+
 TESTS = Path(__file__).parent
 CODE = """
 import ctypes, mmap, sys
 import numpy as np, torch
 torch.set_num_threads(1)
 from random_nets import actions, network
+from test_linear_gates import HEADS, classifier
+from test_programs import gated
 from secateur.runtime.engine import compile_engine
 from secateur.runtime.engine.engine import Workspace
 
@@ -37,8 +42,8 @@ def tensor(like, behind):
     return place
 
 empty = torch.empty
-for seed in map(int, sys.argv[2:]):
-    model, x = network(seed)
+for seed in sys.argv[2:]:
+    model, x = network(int(seed)) if seed.isdigit() else classifier(seed, 0.5) if seed in HEADS else gated(seed)
     engine = compile_engine(model, x, strict=True)
     chosen = actions(model, len(x))
     expected = engine(x, chosen) if chosen else engine(x)
@@ -64,7 +69,7 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forbids pages with mprotect")
 def test_nothing_outside_the_buffers_is_touched() -> None:
-    done = run("plain", *map(str, range(12)))
+    done = run("plain", *map(str, range(12)), *HEADS, *NETS)
     assert done.stdout.strip() == "clean", done.stderr
 
 

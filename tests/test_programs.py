@@ -89,13 +89,18 @@ NETS = {
 }
 
 
+def gated(name: str, density: float = 0.5) -> tuple[nn.Module, Tensor]:
+    """One of ``NETS`` with gates, and images for it."""
+    torch.manual_seed(4)
+    x = 8 * varied(3, 3, 12, 20)  # so that clamps do something, and curves are curved
+    return curious(gate(lived(NETS[name]()), density, x).model, x), x
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("density", [0.5, 1.0])
 def test_they_equal_their_masks(way: str, name: str, density: float) -> None:
-    torch.manual_seed(4)
-    x = 8 * varied(3, 3, 12, 20)  # so that clamps do something, and curves are curved
-    model = curious(gate(lived(NETS[name]()), density, x).model, x)
+    model, x = gated(name, density)
     run = WAYS[way](model, x[:1], strict=True)
     with torch.no_grad():
         expected = model(x)
