@@ -54,8 +54,21 @@ PROMISE = {("resnet18", 0.5): 2.0, ("resnet18", 0.25): 3.1, ("cifarnet", 0.5): 3
 PROMISE |= {("vgg16", 0.5): 2.4, ("vgg16", 0.25): 6.0}
 
 
-def networks() -> dict[str, tuple[nn.Module, int]]:
-    """Network and image side by name."""
+CHAINS = ((64, 56), (64, 32), (128, 28), (128, 16), (256, 14))  # the layers of 14 px and more of VGG-16 and ResNet-18
+
+
+def chain(channels: int) -> nn.Module:
+    """Five 3x3 Conv-BatchNorm-ReLU, all but the first of ``channels`` inputs, on maps of one size."""
+    layers: list[nn.Module] = []
+    for before in (3, *[channels] * 4):
+        layers += [nn.Conv2d(before, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
+
+
+def networks(chains: bool) -> dict[str, tuple[nn.Module, int]]:
+    """Network and image side by name; with ``chains`` one for each kind of layer instead."""
+    if chains:
+        return {f"{channels}x{side}": (chain(channels).eval(), side) for channels, side in CHAINS}
     found: dict[str, tuple[nn.Module, int]] = {"cifarnet": (cifarnet(), 32), "vgg16": (vgg(), 32), "s0": (s0(), 32)}
     if importlib.util.find_spec("torchvision"):
         from torchvision.models import resnet18
@@ -238,6 +251,7 @@ def main() -> None:
     parser.add_argument("--threads", nargs="*", type=int, default=[1], help="of two see benchmarks.threads")
     parser.add_argument("--batch", nargs="*", type=int, default=[1, 32])
     parser.add_argument("--rounds", type=int, default=50, help="of batch 1; fewer of larger ones")
+    parser.add_argument("--chains", action="store_true", help="chains of equal layers in the place of whole networks")
     parser.add_argument("--compile", action="store_true", help="with torch.compile, which takes minutes")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -248,7 +262,7 @@ def main() -> None:
           f"{'best':>6}")  # fmt: skip
     for threads in args.threads:
         torch.set_num_threads(threads)
-        for name, (model, side) in networks().items():
+        for name, (model, side) in networks(args.chains).items():
             for batch in args.batch if args.network is None or name in args.network else []:
                 found = rows_of(name, model, torch.randn(batch, 3, side, side), threads, args)
                 print("\n".join(map(line, found)), flush=True)
