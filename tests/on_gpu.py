@@ -26,6 +26,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CLOSE = 1e-3 if torch.cuda.is_available() else 1e-4
 FEW = [1, 6, 14, 17, 18, 32, 44, 58]  # quick in the interpreter
 SEEDS = range(60) if torch.cuda.is_available() else FEW
+RICH = range(60) if torch.cuda.is_available() else [4, 5, 6, 9, 10]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -42,9 +43,9 @@ def off(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-20)) if expected.numel() else 0.0
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_random_networks_equal_their_masks(seed: int) -> None:
-    model, x = network(seed)
+@pytest.mark.parametrize(("seed", "rich"), [*((seed, False) for seed in SEEDS), *((seed, True) for seed in RICH)])
+def test_random_networks_equal_their_masks(seed: int, rich: bool) -> None:
+    model, x = network(seed, rich)
     model, x = model.to(DEVICE), x.to(DEVICE)
     compiled = compile_cuda(model, x)
     assert isinstance(compiled, Compiled)

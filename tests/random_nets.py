@@ -24,6 +24,17 @@ class Sum(nn.Module):
         return (self.branch(x) + self.shortcut(x)).relu()
 
 
+class Excite(nn.Module):
+    """Squeeze and excitation: each channel times what the means over all of them say."""
+
+    def __init__(self, channels: int, gate: nn.Module) -> None:
+        super().__init__()
+        self.gains = nn.Sequential(nn.Conv2d(channels, 5, 1), nn.ReLU(), nn.Conv2d(5, channels, 1), gate)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.gains(x.mean((2, 3), keepdim=True))
+
+
 class Cat(nn.Module):
     """A dense block: the input and what is made of it, side by side."""
 
@@ -45,10 +56,16 @@ def conv(rng: random.Random, before: int, after: int, **fixed: Any) -> list[nn.M
     return [layer, nn.BatchNorm2d(after)] if norm else [layer]
 
 
-def block(rng: random.Random, before: int) -> tuple[list[nn.Module], int]:
-    """One random stretch of a network and its number of channels."""
+ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.Tanh, nn.LeakyReLU)
+
+
+def block(rng: random.Random, before: int, rich: bool) -> tuple[list[nn.Module], int]:
+    """One random stretch of a network and its number of channels; ``rich``: also of what few networks have."""
     after = rng.choice([3, 8, 13, 16, 24])
-    kind = rng.choice(["plain", "plain", "plain", "pool", "sum", "sum", "cat"])
+    kind = rng.choice(["plain", "plain", "plain", "pool", "sum", "sum", "cat", *(["excite"] * 2 if rich else [])])
+    act = rng.choice(ACTIVATIONS) if rich else nn.ReLU
+    if kind == "excite":
+        return [Excite(before, rng.choice([nn.Sigmoid, nn.Hardsigmoid])())], before
     same = {"kernel": 3, "padding": 1, "stride": 1, "dilation": 1}
     if kind == "pool":
         size = rng.choice([2, 3])
@@ -58,26 +75,26 @@ def block(rng: random.Random, before: int) -> tuple[list[nn.Module], int]:
         stride = rng.choice([1, 2])
         inner = conv(rng, before, after, **(same | {"stride": stride}))
         last = before if stride == 1 and rng.random() < 0.6 else after
-        inner += [nn.ReLU(), *conv(rng, after, last, **same)]
+        inner += [act(), *conv(rng, after, last, **same)]
         plain = last == before and stride == 1
         way = nn.Identity() if plain else nn.Sequential(*conv(rng, before, last, kernel=1, padding=0, stride=stride))
         if not plain and way[0].dilation != (1, 1):
             way[0].dilation = (1, 1)
         return [Sum(nn.Sequential(*inner), way)], last
     if kind == "cat":
-        return [Cat(nn.Sequential(*conv(rng, before, after, **same), nn.ReLU()))], before + after
-    return [*conv(rng, before, after), nn.ReLU(), nn.Dropout(0.1)], after
+        return [Cat(nn.Sequential(*conv(rng, before, after, **same), act()))], before + after
+    return [*conv(rng, before, after), act(), nn.Dropout(0.1)], after
 
 
-def network(seed: int) -> tuple[nn.Module, torch.Tensor]:
-    """A random gated network and three random images for it."""
+def network(seed: int, rich: bool = False) -> tuple[nn.Module, torch.Tensor]:
+    """A random gated network and three random images for it; see ``block`` for ``rich``."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     channels = rng.choice([1, 3, 4])
     x = varied(3, channels, rng.randint(7, 37), rng.randint(7, 37))
     layers: list[nn.Module] = []
     while len(layers) < 12:
-        added, after = block(rng, channels)
+        added, after = block(rng, channels, rich)
         try:
             with torch.no_grad():
                 size = nn.Sequential(*layers, *added).eval()(x).shape

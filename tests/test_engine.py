@@ -39,9 +39,9 @@ def off(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-20))
 
 
-def check(seed: int, width: int | None = None) -> bool:
+def check(seed: int, width: int | None = None, rich: bool = False) -> bool:
     """Does a random network run like its masks?  False: a choice was too close to call in float32."""
-    model, x = network(seed)
+    model, x = network(seed, rich)
     engine = compile_engine(model, x, strict=True, width=width)
     assert isinstance(engine, Engine)
     chosen = actions(model, len(x))
@@ -59,10 +59,16 @@ def test_random_networks_equal_their_masks(seed: int) -> None:
     check(seed, WIDTHS[seed % len(WIDTHS)])
 
 
+@pytest.mark.parametrize("seed", range(1000, 1016))
+def test_random_networks_with_other_activations_equal_their_masks(seed: int) -> None:
+    check(seed, WIDTHS[seed % len(WIDTHS)], rich=True)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("rich", [False, True])
 @pytest.mark.parametrize("part", range(10))
-def test_500_random_networks(part: int) -> None:
-    close = sum(not check(seed, WIDTHS[seed % len(WIDTHS)]) for seed in range(50 * part, 50 * part + 50))
+def test_500_random_networks(part: int, rich: bool) -> None:
+    close = sum(not check(seed, WIDTHS[seed % len(WIDTHS)], rich) for seed in range(50 * part, 50 * part + 50))
     assert close <= 2
 
 

@@ -42,9 +42,10 @@ def off(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-20)) if expected.numel() else 0.0
 
 
+@pytest.mark.parametrize("rich", [False, True])
 @pytest.mark.parametrize("seed", range(100, 116))
-def test_random_networks_equal_their_masks(seed: int) -> None:
-    model, x = network(seed)
+def test_random_networks_equal_their_masks(seed: int, rich: bool) -> None:
+    model, x = network(seed, rich)
     portable = compile_portable(model, x, strict=True)
     chosen = actions(model, len(x))
     with acting(model, chosen), torch.no_grad():

@@ -52,7 +52,7 @@ def read(model: nn.Module, example: Any) -> Program:
             rule(reading, op)
     result = reading.same.get(outputs[0], outputs[0])
     nodes = tuple(_fused(reading.nodes, result))
-    shapes = {value: _chw(reading, value) for node in nodes for value in (*node.ins, node.out)}
+    shapes = {value: _chw(reading, value) for value in {source, *(v for node in nodes for v in (*node.ins, node.out))}}
     return Program(nodes, shapes, source, result, reading.shape(outputs[0])[1:])
 
 
